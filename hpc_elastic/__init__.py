@@ -1,0 +1,1 @@
+"""hpc_elastic: elastic MPI jobs in Python."""

@@ -1,0 +1,174 @@
+"""The job's settings: one typed struct, filled from defaults, the script, a TOML file, the environment and the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from .errors import ConfigError
+
+PREFIX = "HPC_ELASTIC_"
+FILE_VARIABLE = PREFIX + "CONFIG"
+RUN_VARIABLE = PREFIX + "RUN"
+NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE}
+
+SHORT = {"min_ranks": "min", "max_ranks": "max"}
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, rename=SHORT):
+    """Settings of a job.
+
+    In TOML, in ``he.run(train, ...)`` and in the environment (``HPC_ELASTIC_MAX=4``) the limits are called ``min`` and
+    ``max``. A later source wins: defaults, the script's ``he.run``, the TOML file, the environment, the command line.
+
+    Attributes
+    ----------
+    min_ranks, max_ranks : int
+        Limits of the number of ranks. ``max`` 0 means as many as the broker has slots.
+    ranks : int
+        Ranks to have from the start on (policies ``manual`` and ``fixed``).
+    policy : str
+        ``manual`` (on request), ``fixed`` (keep ``ranks``) or ``timetable``.
+    timetable : str
+        For the policy of that name: ``"20:3,40:2-0"`` is 3 ranks from step 20 on, then 2 from step 40 on, rank 0 leaving.
+    broker : str
+        ``local`` (this machine) or ``script`` (a timetable of slots).
+    supply : str
+        For the broker ``script``: ``"0:1,20:3"`` is 1 slot at first and 3 from step 20 on.
+    slots : int
+        Slots of the broker ``local``. 0 counts the cores that this process may use.
+    cores_per_rank, gpus_per_rank : int
+        What a slot of the broker ``local`` holds.
+    microbatches : int
+        Number L of microbatches in a step: it fixes the order of the sum, and no more than L ranks can share a step.
+    seed : int
+        Seed of the order of the samples.
+    hold : bool
+        True lets the members stand still until newcomers are ready, so that a resize falls on its step exactly. For tests.
+    ledger : bool
+        True writes down which samples were consumed, in the run directory.
+    deadline_s : float
+        Seconds until a resize under way is given up.
+    run_dir : str
+        Run directory; empty makes one below ``runs/``.
+    progress : str
+        ``auto`` (a bar on a terminal, else plain lines), ``plain`` or ``off``.
+    """
+
+    min_ranks: int = 1
+    max_ranks: int = 0
+    ranks: int = 1
+    policy: Literal["manual", "fixed", "timetable"] = "manual"
+    timetable: str = ""
+    broker: Literal["local", "script"] = "local"
+    supply: str = ""
+    slots: int = 0
+    cores_per_rank: int = 1
+    gpus_per_rank: int = 0
+    microbatches: int = 16
+    seed: int = 0
+    hold: bool = False
+    ledger: bool = False
+    deadline_s: float = 600.0
+    run_dir: str = ""
+    progress: Literal["auto", "plain", "off"] = "auto"
+
+    def check(self) -> None:
+        """Raise `ConfigError` where settings contradict each other."""
+        for name in ("min", "ranks", "microbatches", "cores_per_rank"):
+            value = getattr(self, "min_ranks" if name == "min" else name)
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: must be at least 1")
+        for name in ("max", "slots", "gpus_per_rank", "seed"):
+            value = getattr(self, "max_ranks" if name == "max" else name)
+            if value < 0:
+                raise ConfigError(f"{name} = {value}: must not be negative")
+        if self.deadline_s <= 0:
+            raise ConfigError(f"deadline_s = {self.deadline_s}: must be positive")
+        if self.max_ranks and self.min_ranks > self.max_ranks:
+            raise ConfigError(f"min = {self.min_ranks} is more than max = {self.max_ranks}: lower min or raise max")
+        if self.max_ranks and self.ranks > self.max_ranks:
+            raise ConfigError(f"ranks = {self.ranks} is more than max = {self.max_ranks}: lower ranks or raise max")
+        if self.ranks < self.min_ranks and self.ranks != 1:
+            raise ConfigError(f"ranks = {self.ranks} is less than min = {self.min_ranks}: raise ranks or lower min")
+        if self.policy == "timetable" and not self.timetable:
+            raise ConfigError('policy = "timetable" needs a timetable, such as timetable = "20:3,40:2"')
+        if self.timetable and self.policy != "timetable":
+            raise ConfigError(f'a timetable is given, but policy = "{self.policy}": set policy = "timetable"')
+        if self.broker == "script" and not self.supply:
+            raise ConfigError('broker = "script" needs a supply, such as supply = "0:1,20:3"')
+
+
+def names() -> list[str]:
+    """Names of all settings, as TOML files write them."""
+    return [field.encode_name for field in msgspec.structs.fields(Config)]
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """Return the settings in the TOML file `path`."""
+    try:
+        with path.open("rb") as file:
+            settings = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"configuration {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration {path} is not valid TOML: {error}") from error
+    _known(settings, str(path))
+    return settings
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings in `environ`, those of the file that ``HPC_ELASTIC_CONFIG`` names below its own."""
+    settings = {
+        key.removeprefix(PREFIX).lower(): value
+        for key, value in environ.items()
+        if key.startswith(PREFIX) and key not in NOT_SETTINGS
+    }
+    _known(settings, "the environment (HPC_ELASTIC_…)")
+    below = from_file(Path(environ[FILE_VARIABLE])) if environ.get(FILE_VARIABLE) else {}
+    return {**below, **settings}
+
+
+def _known(settings: Mapping[str, Any], where: str) -> None:
+    for key in settings:
+        if key not in names():
+            near = difflib.get_close_matches(key, names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names())}"
+            raise ConfigError(f"unknown setting {key!r} in {where}{hint}")
+
+
+def build(*layers: Mapping[str, Any]) -> Config:
+    """Return the checked configuration from `layers` of settings, later ones winning.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is unknown, of the wrong type, or contradicts another.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _known(layer, "the settings")
+        merged.update({key: value for key, value in layer.items() if value is not None})
+    try:
+        config = msgspec.convert(merged, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"bad setting: {error}") from error
+    config.check()
+    return config
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return those settings of `config` that differ from the defaults."""
+    default = msgspec.to_builtins(Config())
+    return {key: value for key, value in msgspec.to_builtins(config).items() if value != default[key]}
+
+
+def load(script: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Config:
+    """Return the configuration of a job started without the supervisor: the script's settings below the environment's."""
+    return build(script, from_environment(environ))

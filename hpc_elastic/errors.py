@@ -1,0 +1,72 @@
+"""The tree of everything hpc_elastic raises.
+
+    ElasticError
+    ├── ConfigError            a setting is unknown, missing or contradicts another
+    ├── RunDirectoryError      the run directory can't be made, is in use, or is not one
+    ├── LaunchError            no MPI library, no mpiexec, or the script can't be started
+    ├── ShardError             a shard is missing, truncated, foreign or unlike the others
+    ├── StepError              a step was used against its order (a microbatch not added, added twice)
+    ├── ArrayError             a distributed array was used wrongly
+    ├── ResizeRefused          a resize can't be done, and why
+    └── JobError               the job can't go on; every rank raises the same
+        ├── RankError          user code raised on one rank
+        └── MembershipError    ranks could not be brought together or parted
+
+    Retired (a BaseException)  this rank leaves the job: it unwinds the user's code and must not be swallowed
+
+Messages say what happened, where (rank, host, generation, step), and what can be done about it.
+"""
+
+from __future__ import annotations
+
+
+class ElasticError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(ElasticError):
+    """A setting is unknown, missing, out of range or contradicts another one."""
+
+
+class RunDirectoryError(ElasticError):
+    """The run directory can't be made, is already used, or is not a run directory."""
+
+
+class LaunchError(ElasticError):
+    """The job can't be started: no MPI library, no mpiexec, or no such script."""
+
+
+class ShardError(ElasticError):
+    """A shard is missing, truncated, foreign or does not match the others of its set."""
+
+
+class StepError(ElasticError):
+    """A step was used against its order."""
+
+
+class ArrayError(ElasticError):
+    """A distributed array was asked for something it can't give."""
+
+
+class ResizeRefused(ElasticError):
+    """A resize can't be done; the message gives the reason."""
+
+
+class JobError(ElasticError):
+    """The job can't go on. Every rank raises the same error."""
+
+
+class RankError(JobError):
+    """User code raised on one rank; the message names rank, host, generation and step."""
+
+
+class MembershipError(JobError):
+    """Ranks could not be brought together or parted."""
+
+
+class Retired(BaseException):
+    """This rank leaves the job.
+
+    Raised inside the user's function at a resize point. It derives from `BaseException` so that an ``except Exception``
+    in user code does not keep a leaving rank alive; ``finally`` blocks and context managers run as usual.
+    """

@@ -1,0 +1,132 @@
+"""What happened in a run, one JSON object a line in ``events.jsonl``; written by the leader alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
+    """Base of all events; ``time`` is in seconds since the Unix epoch."""
+
+    time: float = msgspec.field(default_factory=time.time)
+
+
+class Started(Event, frozen=True, kw_only=True):
+    """The run began with these ranks."""
+
+    script: str
+    mpi: str
+    hosts: tuple[str, ...]
+    ranks: int
+    settings: dict[str, Any] = {}
+
+
+class Decided(Event, frozen=True, kw_only=True):
+    """A resize was decided on, and why."""
+
+    step: int
+    before: int
+    after: int
+    reason: str
+
+
+class Refused(Event, frozen=True, kw_only=True):
+    """A resize was refused or given up, and why."""
+
+    step: int
+    ranks: int
+    reason: str
+
+
+class Ready(Event, frozen=True, kw_only=True):
+    """A newcomer is warm and waits to be merged; ``stages`` are its own seconds by stage."""
+
+    member: int
+    host: str
+    stages: dict[str, float]
+
+
+class Resized(Event, frozen=True, kw_only=True):
+    """A resize was committed. Times are in seconds.
+
+    ``stages`` holds what the members stood still for, by stage; ``standstill_s`` is their sum on the slowest member.
+    """
+
+    generation: int
+    step: int
+    epoch: int
+    before: int
+    after: int
+    joined: tuple[int, ...]
+    left: tuple[int, ...]
+    reason: str
+    stages: dict[str, float]
+    standstill_s: float
+    wait_s: float = 0.0
+    state_bytes: int = 0
+    moved_bytes: int = 0
+
+
+class Epoch(Event, frozen=True, kw_only=True):
+    """An epoch ended."""
+
+    epoch: int
+    step: int
+    ranks: int
+    samples: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Failed(Event, frozen=True, kw_only=True):
+    """The job failed; ``error`` is what every rank raises."""
+
+    error: str
+    rank: int
+    host: str
+    generation: int
+    step: int
+
+
+class Ended(Event, frozen=True, kw_only=True):
+    """The job ended well; ``stopped`` if that was asked for."""
+
+    steps: int
+    seconds: float
+    ranks: int
+    stopped: bool = False
+
+
+AnyEvent = Started | Decided | Refused | Ready | Resized | Epoch | Failed | Ended
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(AnyEvent)
+
+
+class EventLog:
+    """Appends events to a file. One line is one write, so that a reader never sees half of one on a local disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, event: Event) -> None:
+        """Append `event`."""
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, _encoder.encode(event) + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+def read(path: Path) -> list[AnyEvent]:
+    """Return the events in the file `path`; a last line still being written is left out, a missing file is empty."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [_decoder.decode(line) for line in lines]

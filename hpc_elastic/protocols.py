@@ -1,0 +1,43 @@
+"""The seams: what a state, a broker and a policy must offer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from .model import Lease, Observation, Resize, Supply
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that newcomers receive.
+
+    `state` returns a flat mapping of names to NumPy arrays or to plain values (``None``, bool, int, float, str);
+    `load` takes such a mapping, of the same names, shapes and dtypes, and puts it in place. The arrays given to `load`
+    are valid during the call only.
+    """
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+class Broker(Protocol):
+    """Where slots come from. No method blocks: a request is answered by a later `poll`."""
+
+    def poll(self, step: int, time_s: float, peak_bytes: int) -> Supply:
+        """Look at the supply, at step `step`, `time_s` seconds into the run; a rank needs up to `peak_bytes` of memory."""
+        ...
+
+    def request(self, n: int, deadline_s: float) -> None:
+        """Ask for `n` more slots, until `deadline_s` seconds into the run; granted ones appear among the leases."""
+        ...
+
+    def release(self, leases: tuple[Lease, ...]) -> None:
+        """Give leases back; their ranks have gone."""
+        ...
+
+
+class Policy(Protocol):
+    """Decides on the number of ranks: a pure function of the observation."""
+
+    def decide(self, seen: Observation) -> Resize | None: ...

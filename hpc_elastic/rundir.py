@@ -1,0 +1,216 @@
+"""The run directory: all control of a job goes through its files, and the file system's permissions are the security.
+
+    RUN/                 mode 0700
+        config.json      settings given on the command line
+        events.jsonl     what happened (`hpc_elastic.events`)
+        status.json      how it stands, rewritten by the leader
+        failure.json     why it failed; the first rank that writes it wins
+        ranks/ID.json    one record a process, written by itself
+        inbox/*.json     requests, put there by an atomic rename
+        answers/*.json   what became of them
+        ledger/          consumed samples, if asked for
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from .errors import RunDirectoryError
+from .model import Member, Request
+
+T = TypeVar("T")
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run stands. ``state`` is "starting", "running", "ended", "stopped" or "failed"; ``time`` is of this report."""
+
+    state: str
+    time: float
+    started: float
+    generation: int = 0
+    ranks: int = 0
+    members: tuple[Member, ...] = ()
+    parked: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    steps: int = 0
+    samples_per_s: float = 0.0
+    metrics: dict[str, float] = {}
+    under_way: str = ""
+    peak_bytes: int = 0
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a run failed."""
+
+    error: str
+    traceback: str
+    member: int
+    rank: int
+    host: str
+    generation: int
+    step: int
+
+
+class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process says of itself. ``outcome`` is "member", "parked", "retired", "cancelled", "ended" or "failed"."""
+
+    member: Member
+    outcome: str
+    time: float
+    error: str = ""
+    peak_bytes: int = 0
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a request."""
+
+    accepted: bool
+    text: str
+
+
+class RunDirectory:
+    """An existing run directory.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        If `path` is not a run directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        if not (self.path / "ranks").is_dir():
+            raise RunDirectoryError(f"{path} is not a run directory; `hpc-elastic run` makes one and prints its name")
+        self.events = self.path / "events.jsonl"
+        self.ledger = self.path / "ledger"
+        self._failure = self.path / "failure.json"
+        self._status = self.path / "status.json"
+        self._inbox = self.path / "inbox"
+        self._answers = self.path / "answers"
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """Make the run directory `path`, for its owner alone; an existing one must be empty."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
+            if any(path.iterdir()):
+                raise RunDirectoryError(f"run directory {path} is already used: name another one, or remove it")
+            path.chmod(0o700)
+            for name in ("inbox", "answers", "ranks"):
+                (path / name).mkdir(mode=0o700)
+        except OSError as error:
+            raise RunDirectoryError(f"run directory {path} can't be made: {error.strerror}") from error
+        return cls(path)
+
+    @classmethod
+    def create_below(cls, parent: Path, name: str) -> RunDirectory:
+        """Make a run directory with a name of its own below `parent`: `name` with the time of day."""
+        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for attempt in range(1000):
+            path = parent / (f"{stem}-{attempt}" if attempt else stem)
+            if not path.exists():
+                return cls.create(path)
+        raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
+
+    # --- values in files -------------------------------------------------------------------------------------------
+
+    def put(self, path: Path, value: msgspec.Struct) -> None:
+        """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.json.encode(value))
+        beside.rename(path)
+
+    def get(self, path: Path, kind: type[T]) -> T | None:
+        """Return the value in `path`, or None if there is no such file."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError as error:
+            raise RunDirectoryError(f"{path} is damaged: {error}") from error
+
+    def put_status(self, status: Status) -> None:
+        """Replace the status."""
+        self.put(self._status, status)
+
+    def status(self) -> Status | None:
+        """Return the status, or None while there is none."""
+        return self.get(self._status, Status)
+
+    def put_record(self, record: RankRecord) -> None:
+        """Replace the record of one process."""
+        self.put(self.path / "ranks" / f"{record.member.id}.json", record)
+
+    def record(self, member: int) -> RankRecord | None:
+        """Return the record of process `member`, or None."""
+        return self.get(self.path / "ranks" / f"{member}.json", RankRecord)
+
+    def records(self) -> list[RankRecord]:
+        """Return the records of all processes that ever were in the job, by their ids."""
+        found = [self.get(path, RankRecord) for path in (self.path / "ranks").glob("[0-9]*.json")]
+        return sorted((record for record in found if record), key=lambda record: record.member.id)
+
+    # --- failure ---------------------------------------------------------------------------------------------------
+
+    def fail(self, failure: Failure) -> bool:
+        """Record why the job failed; False if another rank was first."""
+        beside = self._failure.with_name(f".failure.{secrets.token_hex(4)}")
+        beside.write_bytes(msgspec.json.encode(failure))
+        try:
+            os.link(beside, self._failure)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink()
+        return True
+
+    def failed(self) -> bool:
+        """Tell whether the job has failed. Costs one look at the file system."""
+        return self._failure.exists()
+
+    def failure(self) -> Failure | None:
+        """Return why the job failed, or None."""
+        return self.get(self._failure, Failure)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> str:
+        """Put `request` into the inbox and return its name."""
+        name = f"{time.time_ns()}-{os.getpid()}-{secrets.token_hex(4)}.json"
+        self.put(self._inbox / name, request)
+        return name
+
+    def answer_to(self, name: str) -> Answer | None:
+        """Return the answer to the request `name`, or None while there is none."""
+        return self.get(self._answers / name, Answer)
+
+    def requests(self) -> list[tuple[str, Request | None]]:
+        """Return the names and contents of the requests waiting, oldest first; None for one that can't be read."""
+        found: list[tuple[str, Request | None]] = []
+        for name in sorted(entry.name for entry in os.scandir(self._inbox) if not entry.name.startswith(".")):
+            try:
+                found.append((name, self.get(self._inbox / name, Request)))
+            except RunDirectoryError:
+                found.append((name, None))
+        return found
+
+    def answer(self, name: str, answer: Answer) -> None:
+        """Answer the request `name` and take it from the inbox."""
+        self.put(self._answers / name, answer)
+        (self._inbox / name).unlink(missing_ok=True)
