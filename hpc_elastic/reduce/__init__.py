@@ -1,0 +1,165 @@
+"""The canonical sum: the same bits at any number of ranks. The order is in `order`, the transport here is plain MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays.host import Rebuild, flatten
+from ..errors import StepError
+from ..partition import block
+from .order import Node, TreeSum, roots
+
+Array = NDArray[Any]
+SMALL_BYTES = 1 << 15  # up to here everybody gets all partial sums and adds them up; above, each rank adds up one slice
+
+
+class Ranks(Protocol):
+    """The ranks that take part."""
+
+    rank: int
+    size: int
+
+    def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None: ...
+
+    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None: ...
+
+
+class Form:
+    """How a structure of arrays lies in one flat buffer a dtype; metrics lie behind the float64 ones."""
+
+    def __init__(self, arrays: list[Array], rebuild: Rebuild, metrics: tuple[str, ...]) -> None:
+        self.rebuild = rebuild
+        self.metrics = metrics
+        self.key = tuple((a.shape, a.dtype.str) for a in arrays)
+        self.places: list[tuple[str, slice, tuple[int, ...]]] = []
+        self.lengths: dict[str, int] = {}
+        for array in (*arrays, np.empty(len(metrics))):
+            start = self.lengths.get(array.dtype.str, 0)
+            self.lengths[array.dtype.str] = start + array.size
+            self.places.append((array.dtype.str, slice(start, start + array.size), array.shape))
+
+    def new(self) -> dict[str, Array]:
+        """Return buffers for one set of values."""
+        return {dtype: np.empty(length, dtype) for dtype, length in self.lengths.items()}
+
+
+Values = dict[str, Array]
+
+
+class Sum:
+    """Sums what the microbatches of a step contribute.
+
+    Parameters
+    ----------
+    leaves : int
+        Number L of microbatches.
+    ranks : callable
+        Returns the ranks of the current generation.
+    """
+
+    def __init__(self, leaves: int, ranks: Callable[[], Ranks]) -> None:
+        self._leaves = leaves
+        self._ranks = ranks
+        self._form: Form | None = None
+        self._spare: list[Values] = []
+        self._result: Values | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tree = TreeSum(self._leaves, self._combine)
+
+    @property
+    def interval(self) -> tuple[int, int]:
+        """The microbatches of this rank."""
+        ranks = self._ranks()
+        return block(self._leaves, ranks.size, ranks.rank)
+
+    def _combine(self, left: Values, right: Values) -> Values:
+        for dtype, values in left.items():
+            np.add(values, right[dtype], out=values)
+        self._spare.append(right)
+        return left
+
+    def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
+        """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
+        arrays, rebuild = flatten(values)
+        if self._form is None:
+            self._form = Form(arrays, rebuild, tuple(metrics))
+        form = self._form
+        if tuple((a.shape, a.dtype.str) for a in arrays) != form.key or tuple(metrics) != form.metrics:
+            raise StepError(
+                f"step.add got {len(arrays)} arrays and metrics {list(metrics)}, unlike the first time "
+                f"({len(form.key)} arrays, metrics {list(form.metrics)}): shapes, dtypes and names must stay the same"
+            )
+        own = self._spare.pop() if self._spare else form.new()
+        for array, (dtype, place, shape) in zip((*arrays, np.array(list(metrics.values()))), form.places, strict=True):
+            target = own[dtype][place].reshape(shape)
+            if array.dtype.kind == "f":
+                np.multiply(array, array.dtype.type(weight), out=target)
+            else:
+                np.copyto(target, array)
+        self._tree.feed(Node(0, index), own)
+
+    def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
+        """Return the sums in the structure of what was added, and the metrics. Collective; `empty` are leaves without samples."""
+        form = self._form
+        if form is None:
+            raise StepError("step.reduce without any step.add")
+        ranks = self._ranks()
+        own = self._tree.roots()
+        self._begin()
+        if self._result is not None:
+            self._spare.append(self._result)
+        tree = TreeSum(self._leaves, self._combine)
+        if ranks.size == 1:
+            for node, value in own:
+                tree.feed(node, value)
+            self._result = tree.total()
+        else:
+            there = [
+                [node for node in roots(*block(self._leaves, ranks.size, rank), self._leaves) if not node.missing(empty, self._leaves)]
+                for rank in range(ranks.size)
+            ]
+            mine = [value for _, value in own]
+            self._result = {
+                dtype: self._across(ranks, there, [value[dtype] for value in mine], length, np.dtype(dtype))
+                for dtype, length in form.lengths.items()
+                if length
+            }
+            self._spare += mine
+        result = self._result
+        arrays = [result[dtype][place].reshape(shape) if place.stop > place.start else np.empty(shape, dtype) for dtype, place, shape in form.places]
+        return form.rebuild(arrays[:-1]), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
+
+    def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
+        """Sum over all ranks, for one dtype; `there` are the partial sums that every rank has."""
+        most = max(len(nodes) for nodes in there)
+        together = most * length * dtype.itemsize <= SMALL_BYTES
+        cuts = [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
+        low, high = cuts[ranks.rank]
+        counts = [len(nodes) * (high - low) for nodes in there]
+        parts = np.empty(sum(counts), dtype)
+        if together:
+            ranks.all_parts(_joined(mine, dtype), parts, counts)
+        else:
+            pieces = [values[start:stop] for start, stop in cuts for values in mine]
+            ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
+        tree: TreeSum[Array] = TreeSum(self._leaves, lambda left, right: np.add(left, right, out=left))
+        rows = iter(parts.reshape(-1, high - low) if high > low else [parts] * sum(map(len, there)))
+        for nodes in there:
+            for node in nodes:
+                tree.feed(node, next(rows))
+        total = tree.total()
+        if together:
+            return total
+        whole = np.empty(length, dtype)
+        ranks.all_parts(np.ascontiguousarray(total), whole, [stop - start for start, stop in cuts])
+        return whole
+
+
+def _joined(parts: list[Array], dtype: np.dtype[Any]) -> Array:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)

@@ -1,0 +1,364 @@
+"""The job, as the user's function sees it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ..comm.arrival import Door, Report
+from ..comm.waiting import Watch
+from ..errors import ArrayError, ConfigError, JobError, Retired
+from ..model import Cursor, Generation, Member
+from ..redistribute import DistributedArray
+from ..reduce import Sum
+from ..sampler import Order
+from ..state import Registry
+from .leader import Here, Leader
+from .offices import first_office, make_leader
+from .plan import Plan, Tally
+from .session import Session, peak_bytes
+from .step import Samples, Step
+from .transition import Outcome, Stages, Transition
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from ..comm.world import World
+
+NOTHING, RESIZE, STOP = 0, 1, 2
+
+
+class Job:
+    """One rank's part of an elastic job. `run` makes it and gives it to the user's function.
+
+    Attributes
+    ----------
+    stopped : bool
+        True once the job was asked to stop: loops end early.
+    """
+
+    def __init__(self, session: Session, world: World | None, door: Door | None, member: Member) -> None:
+        self.stopped = False
+        self._session = session
+        self._world = world
+        self._door = door
+        self._member = member
+        self._registry = Registry()
+        self._arrays: list[DistributedArray] = []
+        self._tethers: dict[int, World] = {}
+        self._leader: Leader | None = None
+        self._loop = 0
+        self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, (), ())
+        self._began = session.clock()
+        self._watch = world.watch if world is not None else Watch(session.check)
+        if world is not None and world.rank == 0:
+            self._leader = make_leader(session, world, first_office(session, world), self._tethers)
+
+    # --- who is there -------------------------------------------------------------------------------------------------
+
+    @property
+    def joined(self) -> bool:
+        """False in a newcomer until it has joined, at its first turn of `steps` or `loop`."""
+        return self._world is not None
+
+    def _joined(self) -> World:
+        if self._world is None:
+            raise JobError("this rank has not joined the job yet: it does so where the loop over job.steps or job.loop begins")
+        return self._world
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank, from 0; a resize can change it."""
+        return self._joined().rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks now."""
+        return self._joined().size
+
+    @property
+    def leads(self) -> bool:
+        """True on rank 0, for what should be done once, such as printing."""
+        return self._world is not None and self._world.rank == 0
+
+    @property
+    def generation(self) -> Generation:
+        """The membership now."""
+        return self._joined().generation
+
+    @property
+    def member(self) -> Member:
+        """This process."""
+        return self._member
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The communicator for the user's own messages. A resize replaces it: take it anew at every turn of the loop."""
+        return self._joined().user
+
+    # --- what newcomers receive ---------------------------------------------------------------------------------------
+
+    def register(self, **owners: Any) -> None:
+        """Name what newcomers receive when they join: NumPy arrays, dicts, or objects with ``state()`` and ``load()``.
+
+        Every rank registers the same names before the loop. Arrays and dicts are changed in place.
+
+        Raises
+        ------
+        ConfigError
+            If a name is taken, or a value has no state.
+        """
+        self._registry.add(owners)
+
+    def array(self, shape: Sequence[int], dtype: DTypeLike = np.float64, name: str = "") -> DistributedArray:
+        """Return a distributed array of zeros: every rank holds one block of its rows, and a resize redistributes them.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Global shape; the first axis is cut into blocks.
+        dtype
+            Element type.
+        name : str
+            Name in messages; every rank makes the same arrays in the same order, before the loop.
+        """
+        array = DistributedArray(name or f"array{len(self._arrays)}", shape, dtype, lambda: self._world)
+        if any(array.name == other.name for other in self._arrays):
+            raise ArrayError(f"array {array.name!r}: the name is taken")
+        self._arrays.append(array)
+        return array
+
+    # --- loops --------------------------------------------------------------------------------------------------------
+
+    def steps(
+        self, data: Samples, epochs: int, batch: int, *, shuffle: bool = True, seed: int | None = None
+    ) -> Iterator[Step]:
+        """Yield the steps of `epochs` passes over `data`; each turn is a resize point.
+
+        Every sample is consumed exactly once an epoch, whatever the number of ranks; the last batch of an epoch is
+        smaller where the samples don't divide.
+
+        Parameters
+        ----------
+        data : ShardSet or other data set
+            Has a length and ``gather(samples)``.
+        epochs : int
+            Number of passes.
+        batch : int
+            Samples in a step, over all ranks.
+        shuffle : bool
+            False takes the samples in their order.
+        seed : int, optional
+            Seed of the order; the setting ``seed`` by default.
+
+        Raises
+        ------
+        ConfigError
+            If there are fewer samples in a batch than microbatches, or more ranks allowed than microbatches.
+        """
+        leaves = self._session.config.microbatches
+        per_epoch = self._check_steps(len(data), epochs, batch, leaves)
+        order = Order(len(data), self._session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
+        total = Sum(leaves, self._joined)
+        for cursor in self._turns(epochs * per_epoch, epochs):
+            start = cursor.position
+            size = min(batch, len(data) - start)
+            cuts = [start + size * i // leaves for i in range(leaves + 1)]
+            step = Step(epoch=cursor.epoch, number=cursor.step, start=start, cuts=cuts, order=order, data=data, total=total)
+            yield step
+            step.finish()
+            self._write_ledger(step)
+            last = start + size == len(data)
+            after = Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, start + size, cursor.step + 1)
+            self._advance(after, size, step.metrics, end_of_epoch=last)
+
+    def loop(self, n: int) -> Iterator[int]:
+        """Yield 0 … `n` - 1; each turn is a resize point. For jobs without a data set."""
+        if n < 0:
+            raise ConfigError(f"job.loop({n}): the number of turns must not be negative")
+        for cursor in self._turns(n, 1):
+            yield cursor.step
+            self._advance(Cursor(0, 0, cursor.step + 1), 1, {}, end_of_epoch=cursor.step + 1 == n)
+
+    def _check_steps(self, samples: int, epochs: int, batch: int, leaves: int) -> int:
+        if epochs < 0 or batch < 1:
+            raise ConfigError(f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1")
+        if min(samples, batch) < leaves:
+            raise ConfigError(
+                f"{leaves} microbatches, but only {min(samples, batch)} samples in a batch: lower the setting microbatches, "
+                "or take larger batches"
+            )
+        limit = self._session.config.max_ranks
+        if limit > leaves:
+            raise ConfigError(f"max = {limit} ranks can't share {leaves} microbatches: raise microbatches or lower max")
+        return -(-samples // batch)
+
+    def _turns(self, total: int, epochs: int) -> Iterator[Cursor]:
+        """Yield the cursor at every turn, after the resize point."""
+        self._loop += 1
+        names, arrays = tuple(self._registry.names()), tuple(self._arrays)
+        self._here = Here(self._loop, Cursor(), Tally(began=time.time()), epochs, total, arrays, names)
+        if self._world is None:
+            if not self._join():
+                return
+        elif total and not self._resize_point():
+            return
+        while self._here.cursor.step < total and not self.stopped:
+            yield self._here.cursor
+            if self._here.cursor.step < total and not self._resize_point():
+                return
+
+    def _advance(self, cursor: Cursor, samples: int, metrics: dict[str, float], *, end_of_epoch: bool) -> None:
+        here = self._here
+        tally = here.tally.plus(samples, metrics)
+        if end_of_epoch and self._leader is not None:
+            self._leader.epoch(Here(here.loop, here.cursor, tally, here.epochs, here.steps, (), ()))
+        if end_of_epoch and cursor.step < here.steps:
+            tally = Tally(began=time.time())
+        self._here = Here(here.loop, cursor, tally, here.epochs, here.steps, here.arrays, here.names)
+
+    # --- resize points ------------------------------------------------------------------------------------------------
+
+    def _resize_point(self) -> bool:
+        """Carry out what the leader decided; False if the job stops here."""
+        world = self._joined()
+        if world.size == 1 and self._leader is None:
+            raise JobError("no rank leads")
+        word = np.zeros(1, np.int64)
+        order: Plan | str | None = None
+        if self._leader is not None:
+            self._session.check()
+            order = self._leader.turn(self._here)
+            word[0] = NOTHING if order is None else STOP if order == "stop" else RESIZE
+        world.fill(word)
+        if word[0] == STOP:
+            self.stopped = True
+            return False
+        if word[0] == RESIZE:
+            self._resize(world, order if isinstance(order, Plan) else None)
+        return True
+
+    def _resize(self, world: World, own_plan: Plan | None) -> None:
+        stages = Stages(self._session.clock)
+        with stages.stage("drain"):
+            plan = msgspec.msgpack.decode(
+                world.tell(msgspec.msgpack.encode(own_plan) if own_plan is not None else None), type=Plan
+            )
+            arrivals = self._leader.arrivals() if self._leader is not None else None
+        transition = Transition(self._registry, self._arrays, stages)
+        outcome = transition.of_member(world, plan, arrivals)
+        self._settle(plan, outcome, stages, before=world.size)
+
+    def _settle(self, plan: Plan, outcome: Outcome, stages: Stages, *, before: int) -> None:
+        if outcome.tether is not None:
+            self._tethers[plan.generation] = outcome.tether
+        if outcome.world is None:
+            self._leave(plan)
+            return
+        self._world = outcome.world
+        if outcome.world.rank != 0:
+            self._leader = None
+        elif self._leader is None:
+            self._leader = make_leader(self._session, outcome.world, plan.office, self._tethers)
+        else:
+            self._leader.world = outcome.world
+        if self._leader is not None:
+            self._leader.resized(plan, before, stages.seconds, outcome.state_bytes, outcome.moved_bytes)
+
+    def _leave(self, plan: Plan) -> None:
+        """End this rank's part: unwind, or sleep until it is wanted again."""
+        self._world = self._leader = None
+        if not self._member.parks:
+            raise Retired(f"process {self._member.id} left the job at step {plan.cursor.step}")
+        self._session.record(self._member, "parked")
+        if len(plan.members) - plan.joining == len(plan.members) and self._member.id == min(m.id for m in plan.members):
+            sys.stderr.write("hpc_elastic: ranks started together by the launcher are put to sleep instead of ended\n")
+        tether = self._tethers[plan.generation]
+        self._door, options = Door.parked(tether.comm, self._watch, self._doze)
+        self._member = msgspec.structs.replace(self._member, slot=options.slot)
+        self._began = self._session.clock()
+        if not self._join():
+            raise Retired("the job ended while this rank was parked")
+
+    def _doze(self) -> None:
+        time.sleep(0.05)
+        self._session.check()
+        status = self._session.run.status()
+        if status is not None and status.state in ("ended", "stopped"):
+            raise Retired("the job ended while this rank was parked")
+
+    def _join(self) -> bool:
+        """Report ready, wait to be called, and come in; False if this loop is over already."""
+        assert self._door is not None
+        door, stages = self._door, Stages(self._session.clock)
+        warm_s = self._session.clock() - self._began
+        report = Report(
+            member=self._member,
+            loop=self._loop,
+            names=self._registry.names(),
+            stages={"warm": warm_s},
+            peak_bytes=peak_bytes(),
+        )
+        door.report(report)
+        while True:
+            call = door.called()
+            if call.order == "skip":
+                return False
+            if call.order == "go":
+                door.close()
+                raise Retired("sent away before joining")
+            if call.order == "enter":
+                break
+        transition = Transition(self._registry, self._arrays, stages)
+        plan, outcome = transition.of_newcomer(door, self._watch)
+        self._door = None
+        here = self._here
+        self._here = Here(plan.loop, plan.cursor, plan.tally, plan.epochs, plan.steps, here.arrays, here.names)
+        self._session.record(self._member, "member")
+        self._settle(plan, outcome, stages, before=len(plan.members) - plan.joining)
+        return True
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _write_ledger(self, step: Step) -> None:
+        if not self._session.config.ledger:
+            return
+        folder = self._session.run.ledger
+        folder.mkdir(mode=0o700, exist_ok=True)
+        rows = np.empty((len(step.consumed), 3), np.int64)
+        rows[:] = step.epoch, step.number, 0
+        rows[:, 2] = step.consumed
+        with (folder / f"{self._member.id}.i64").open("ab") as file:
+            file.write(rows.tobytes())
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def where(self) -> tuple[int, int, int]:
+        """Return rank, generation and step, for messages; -1 where there is none."""
+        if self._world is None:
+            return -1, -1, -1
+        return self._world.rank, self._world.generation.number, self._here.cursor.step
+
+    def end(self) -> None:
+        """End the job, after the user's function returned on all ranks. Collective."""
+        if self._world is None:
+            raise ConfigError("the function given to he.run came to its end without a loop: newcomers join in job.steps or job.loop")
+        self._world.barrier()
+        if self._leader is not None:
+            self._leader.end(self._here, stopped=self.stopped)
+        self._session.record(self._member, "ended")
+        self.close()
+
+    def close(self) -> None:
+        """Free the communicators."""
+        for world in (self._world, *self._tethers.values()):
+            if world is not None:
+                world.close()
+        self._world = None
+        self._tethers.clear()

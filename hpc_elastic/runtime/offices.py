@@ -1,0 +1,64 @@
+"""How a leader comes into office: its broker, its policy, and the first office of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..broker.local import LocalBroker
+from ..broker.script import ScriptBroker
+from ..errors import ConfigError
+from ..model import Lease
+from ..policy import Fixed, Manual, Timetable
+from .leader import Leader
+from .plan import Office
+
+if TYPE_CHECKING:
+    from ..comm.world import World
+    from ..config import Config
+    from ..protocols import Broker, Policy
+    from .session import Session
+
+
+def make_broker(config: Config, leases: tuple[Lease, ...]) -> Broker:
+    """Return the broker configured, which holds `leases` already."""
+    if config.broker == "script":
+        return ScriptBroker.parse(config.supply, leases=leases)
+    return LocalBroker(
+        slots=config.slots or None,
+        cores_per_rank=config.cores_per_rank,
+        gpus_per_rank=config.gpus_per_rank,
+        leases=leases,
+    )
+
+
+def make_policy(config: Config) -> Policy:
+    """Return the policy configured."""
+    if config.policy == "timetable":
+        return Timetable.parse(config.timetable)
+    if config.policy == "fixed":
+        return Fixed(config.ranks)
+    return Manual()
+
+
+def first_office(session: Session, world: World) -> Office:
+    """Return the office at the start of a run: the seed ranks hold the first slots."""
+    config, size = session.config, world.size
+    if config.max_ranks and size > config.max_ranks:
+        raise ConfigError(f"the launcher started {size} ranks, but max = {config.max_ranks}: start fewer or raise max")
+    leases = tuple(Lease(member.slot, member.host) for member in world.generation.members)
+    offered = make_broker(config, leases).poll(0, 0.0, 1).offered
+    return Office(
+        next_member=size,
+        max_ranks=config.max_ranks or max(config.ranks, size + offered),
+        asked=config.ranks if config.policy == "manual" and config.ranks > size else None,
+        leases=leases,
+    )
+
+
+def make_leader(session: Session, world: World, office: Office, tethers: dict[int, World]) -> Leader:
+    """Return the leader of `world`, with the office of the one before."""
+    config = session.config
+    broker, policy = make_broker(config, office.leases), make_policy(config)
+    return Leader(session, world, msgspec.structs.replace(office), broker, policy, tethers)

@@ -1,0 +1,85 @@
+"""What the leader announces at a resize, and what it hands over to the next leader."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..model import Cursor, Lease, Member
+from ..redistribute import Form
+
+
+class Parked(msgspec.Struct, frozen=True):
+    """A rank put to sleep; whoever was in its last generation can wake it, through that generation's communicator."""
+
+    member: Member
+    tether: int
+    rank: int
+
+
+class Office(msgspec.Struct, frozen=True, kw_only=True):
+    """What the leader knows and the next one has to know. Replicated at every resize."""
+
+    next_member: int
+    max_ranks: int
+    decided: int = 0
+    asked: int | None = None
+    leases: tuple[Lease, ...] = ()
+    leaving: tuple[int, ...] = ()
+    parked: tuple[Parked, ...] = ()
+    peak_bytes: int = 0
+
+
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over the current epoch so far."""
+
+    began: float
+    samples: int = 0
+    sums: dict[str, float] = {}
+
+    def plus(self, samples: int, metrics: dict[str, float]) -> Tally:
+        """Return the tally with one more step."""
+        sums = {key: self.sums.get(key, 0.0) + value * samples for key, value in metrics.items()}
+        return Tally(began=self.began, samples=self.samples + samples, sums=sums)
+
+    def means(self) -> dict[str, float]:
+        """Return the metrics' means over the samples so far."""
+        return {key: value / self.samples for key, value in self.sums.items()} if self.samples else {}
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """One resize, as all take part in it.
+
+    Attributes
+    ----------
+    generation : int
+        Number of the generation that it leads to.
+    members : tuple of Member
+        Ranks before the resize, followed by the newcomers.
+    joining : int
+        How many of them are newcomers.
+    leavers : tuple of int
+        Which of them leave.
+    parks : bool
+        True if some of the leavers are parked, so that this generation's communicator is kept.
+    wait_s : float
+        Seconds between the decision and this plan.
+    """
+
+    generation: int
+    loop: int
+    members: tuple[Member, ...]
+    joining: int
+    leavers: tuple[int, ...]
+    reason: str
+    wait_s: float
+    cursor: Cursor
+    tally: Tally
+    office: Office
+    forms: tuple[Form, ...]
+    epochs: int = 0
+    steps: int = 0
+
+    @property
+    def parks(self) -> bool:
+        """True if some of the leavers are put to sleep instead of ended."""
+        return any(self.members[rank].parks for rank in self.leavers)

@@ -1,0 +1,132 @@
+"""What one process of a job knows of its run: settings, run directory, script; and how the job's failure reaches it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..config import RUN_VARIABLE, Config, build, from_environment, settings
+from ..errors import ConfigError, RankError
+from ..model import Member
+from ..rundir import Failure, RankRecord, RunDirectory
+
+
+@dataclass(frozen=True)
+class Script:
+    """How to run the user's script again in a newcomer."""
+
+    argv: list[str]
+    module: str
+    path: list[str]
+    directory: str
+
+    @classmethod
+    def running(cls) -> Script:
+        """Return the script that runs in this process."""
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        file = getattr(main, "__file__", None)
+        if file is None:
+            raise ConfigError("he.run needs a script file or a module that newcomers can run; it can't run from a prompt")
+        module = "" if spec is None else spec.name.removesuffix(".__main__")
+        argv = [str(Path(file).absolute()), *sys.argv[1:]]
+        return cls(argv, module, list(sys.path), str(Path.cwd()))
+
+    @property
+    def name(self) -> str:
+        """Short name, for run directories and messages."""
+        return self.module or Path(self.argv[0]).stem
+
+
+@dataclass
+class Session:
+    """One process's part of a run."""
+
+    config: Config
+    run: RunDirectory
+    script: Script
+    started: float
+    clock: Callable[[], float] = time.perf_counter
+
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.time() - self.started
+
+    def check(self) -> None:
+        """Raise what the job failed with, if it has failed."""
+        if self.run.failed():
+            failure = self.run.failure()
+            assert failure is not None
+            raise RankError(failure.error)
+
+    def record(self, member: Member, outcome: str, error: str = "") -> None:
+        """Write this process's record."""
+        self.run.put_record(
+            RankRecord(member=member, outcome=outcome, time=time.time(), error=error, peak_bytes=peak_bytes())
+        )
+
+    def fail(self, failure: Failure) -> RankError:
+        """Record that the job failed and return what this rank has to raise: the error of whoever was first."""
+        self.run.fail(failure)
+        first = self.run.failure()
+        return RankError(first.error if first else failure.error)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process had resident, in bytes (``VmHWM`` in proc(5))."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def alive(pid: int) -> bool:
+    """Tell whether process `pid` of this host runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def terminate(pid: int) -> None:
+    """Ask process `pid` of this host to end."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+
+
+def seed_config(given: dict[str, Any]) -> Config:
+    """Return the settings of a seed rank: those in the script below those of the environment and of the supervisor."""
+    run = os.environ.get(RUN_VARIABLE)
+    if run:
+        ready = RunDirectory(Path(run)).get(Path(run) / "config.json", dict[str, Any]) or {}
+        return build(given, ready)
+    return build(given, from_environment(os.environ))
+
+
+def open_run(config: Config, script: Script) -> RunDirectory:
+    """Return the run directory: the supervisor's, the one configured, or a new one below ``runs/``."""
+    run = os.environ.get(RUN_VARIABLE)
+    if run:
+        return RunDirectory(Path(run))
+    if config.run_dir:
+        return RunDirectory.create(Path(config.run_dir))
+    return RunDirectory.create_below(Path("runs"), script.name.rsplit(".", 1)[-1])
+
+
+def packed(config: Config) -> dict[str, Any]:
+    """Return the settings as newcomers get them."""
+    return settings(config)
+
+
+def unpacked(values: dict[str, Any]) -> Config:
+    """Return the settings that `packed` gave."""
+    return msgspec.convert(values, Config)

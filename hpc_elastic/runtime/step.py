@@ -1,0 +1,147 @@
+"""One step of training: this rank's microbatches, and the canonical sum of what was computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StepError
+
+if TYPE_CHECKING:
+    from ..reduce import Sum
+
+Array = NDArray[Any]
+
+
+class Samples(Protocol):
+    """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None."""
+
+    chunk_samples: int | None
+
+    def __len__(self) -> int: ...
+
+    def gather(self, samples: NDArray[np.int64]) -> dict[str, Array]: ...
+
+
+class Microbatch:
+    """Some samples of a step; ``micro["image"]`` is a field, ``images, labels = micro`` are the fields in their order.
+
+    Attributes
+    ----------
+    index : int
+        Number of the microbatch in the step.
+    samples : numpy.ndarray, int64 ``[n]``
+        Numbers of the samples in the data set.
+    """
+
+    def __init__(self, index: int, samples: NDArray[np.int64], fields: dict[str, Array]) -> None:
+        self.index = index
+        self.samples = samples
+        self._fields = fields
+
+    def __getitem__(self, name: str) -> Array:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self._fields.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Step:
+    """One turn of ``job.steps``.
+
+    Attributes
+    ----------
+    epoch, number : int
+        Epoch, and number of the step over all epochs, from 0.
+    size : int
+        Samples in this step's batch, over all ranks.
+    metrics : dict of str to float
+        Means over the batch of what was given to `add` by name; there after `reduce`.
+    """
+
+    def __init__(self, *, epoch: int, number: int, start: int, cuts: list[int], order: Any, data: Samples, total: Sum) -> None:
+        self.epoch = epoch
+        self.number = number
+        self.size = cuts[-1] - cuts[0]
+        self.metrics: dict[str, float] = {}
+        self.consumed: NDArray[np.int64] = np.empty(0, np.int64)
+        self._cuts = cuts
+        self._start = start
+        self._order = order
+        self._data = data
+        self._sum = total
+        self._now: Microbatch | None = None
+        self._added: set[int] = set()
+        self._reduced = False
+
+    @property
+    def own(self) -> list[int]:
+        """Numbers of this rank's microbatches that have samples."""
+        low, high = self._sum.interval
+        return [i for i in range(low, high) if self._cuts[i + 1] > self._cuts[i]]
+
+    def microbatches(self) -> Iterator[Microbatch]:
+        """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks."""
+        own = self.own
+        if own:
+            first, last = self._cuts[own[0]], self._cuts[own[-1] + 1]
+            samples = self._order.take(self.epoch, first, last)
+            fields = self._data.gather(samples)
+            self.consumed = samples
+            for index in own:
+                cut = slice(self._cuts[index] - first, self._cuts[index + 1] - first)
+                self._now = Microbatch(index, samples[cut], {name: field[cut] for name, field in fields.items()})
+                yield self._now
+        self._now = None
+
+    def add(self, values: Any, **metrics: Any) -> None:
+        """Contribute what was computed from the microbatch at hand.
+
+        Parameters
+        ----------
+        values : array, or nested lists, tuples and dicts of arrays
+            Mean over the microbatch, as a gradient of a mean loss is; the same structure, shapes and dtypes every time.
+        **metrics : float
+            Means over the microbatch, such as ``loss=…``; `metrics` has their means over the batch.
+
+        Raises
+        ------
+        StepError
+            If called outside ``step.microbatches()``, twice for one microbatch, or with another structure than before.
+        """
+        if self._now is None:
+            raise StepError("step.add must be called inside `for micro in step.microbatches()`")
+        index = self._now.index
+        if index in self._added:
+            raise StepError(f"step.add was called twice for microbatch {index}: add all arrays at once, as a list")
+        self._added.add(index)
+        self._sum.add(index, values, {k: float(v) for k, v in metrics.items()}, len(self._now) / self.size)
+
+    def reduce(self) -> Any:
+        """Return the mean over the whole batch, on every rank, with the same bits at any number of ranks. Collective.
+
+        Returns
+        -------
+        values
+            Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`.
+        """
+        missing = [index for index in self.own if index not in self._added]
+        if missing:
+            raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch before step.reduce")
+        if self._reduced:
+            raise StepError("step.reduce was called twice")
+        self._reduced = True
+        empty = {i for i in range(len(self._cuts) - 1) if self._cuts[i + 1] == self._cuts[i]}
+        values, self.metrics = self._sum.reduce(empty)
+        return values
+
+    def finish(self) -> None:
+        """Check that the step was used up."""
+        if self._added and not self._reduced:
+            raise StepError("step.add was called, but not step.reduce: call it once after the microbatches")

