@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..arrays.host import Rebuild, flatten
 from ..errors import StepError
 from ..partition import block
-from .order import Node, TreeSum, roots
+from .order import Node, TreeSum, present, roots
 
 Array = NDArray[Any]
 SMALL_BYTES = 1 << 15  # up to here everybody gets all partial sums and adds them up; above, each rank adds up one slice
@@ -67,10 +67,7 @@ class Sum:
         self._form: Form | None = None
         self._spare: list[Values] = []
         self._result: Values | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._tree = TreeSum(self._leaves, self._combine)
+        self._tree: TreeSum[Values] | None = None
 
     @property
     def interval(self) -> tuple[int, int]:
@@ -102,6 +99,8 @@ class Sum:
                 np.multiply(array, array.dtype.type(weight), out=target)
             else:
                 np.copyto(target, array)
+        if self._tree is None:
+            self._tree = TreeSum(self._combine, self.interval[0])
         self._tree.feed(Node(0, index), own)
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
@@ -110,21 +109,17 @@ class Sum:
         if form is None:
             raise StepError("step.reduce without any step.add")
         ranks = self._ranks()
-        own = self._tree.roots()
-        self._begin()
+        there = [
+            present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)
+            for rank in range(ranks.size)
+        ]
+        mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
+        self._tree = None
         if self._result is not None:
             self._spare.append(self._result)
-        tree = TreeSum(self._leaves, self._combine)
         if ranks.size == 1:
-            for node, value in own:
-                tree.feed(node, value)
-            self._result = tree.total()
+            (self._result,) = mine
         else:
-            there = [
-                [node for node in roots(*block(self._leaves, ranks.size, rank), self._leaves) if not node.missing(empty, self._leaves)]
-                for rank in range(ranks.size)
-            ]
-            mine = [value for _, value in own]
             self._result = {
                 dtype: self._across(ranks, there, [value[dtype] for value in mine], length, np.dtype(dtype))
                 for dtype, length in form.lengths.items()
@@ -132,7 +127,10 @@ class Sum:
             }
             self._spare += mine
         result = self._result
-        arrays = [result[dtype][place].reshape(shape) if place.stop > place.start else np.empty(shape, dtype) for dtype, place, shape in form.places]
+        arrays = [
+            result[dtype][place].reshape(shape) if place.stop > place.start else np.empty(shape, dtype)
+            for dtype, place, shape in form.places
+        ]
         return form.rebuild(arrays[:-1]), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
 
     def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
@@ -148,7 +146,7 @@ class Sum:
         else:
             pieces = [values[start:stop] for start, stop in cuts for values in mine]
             ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
-        tree: TreeSum[Array] = TreeSum(self._leaves, lambda left, right: np.add(left, right, out=left))
+        tree: TreeSum[Array] = TreeSum(lambda left, right: np.add(left, right, out=left))
         rows = iter(parts.reshape(-1, high - low) if high > low else [parts] * sum(map(len, there)))
         for nodes in there:
             for node in nodes:

@@ -176,6 +176,15 @@ def test_chunks_are_read_once_within_the_budget(mixed, monkeypatch):
             assert len(opened._cached) == (expected if most == 9 else 1)
 
 
+def test_chunk_used_last_is_kept_longest(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("label", data=LABELS, chunks=(10,))
+    with open_shards(tmp_path, cache_bytes=160) as opened:  # two chunks
+        for sample in (0, 10, 0, 20):
+            assert opened.gather([sample])["label"].tolist() == [sample]
+        assert [block for _, _, block in opened._cached] == [0, 2]
+
+
 @pytest.mark.parametrize("dtype", [">f4", "<i2", "?", "c8", "S5", "f2", [("x", "f4"), ("y", ">i8")]])
 @pytest.mark.parametrize("user_block", [0, 512])
 def test_dtypes(tmp_path, dtype, user_block):

@@ -1,0 +1,1 @@
+"""Brokers: where slots for ranks come from."""
