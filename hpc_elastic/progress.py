@@ -7,12 +7,13 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .config import SUPERVISED_VARIABLE
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from .rundir import Status
 
-SUPERVISED_VARIABLE = "HPC_ELASTIC_SUPERVISED"
 PLAIN_EVERY_S = 5.0
 
 

@@ -60,7 +60,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process says of itself. ``outcome`` is "member", "parked", "retired", "cancelled", "ended" or "failed"."""
+    """What a process says of itself. ``outcome`` is "member", "parked", "retired", "stand-in", "cancelled",
+    "ended" or "failed"."""
 
     member: Member
     outcome: str

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from .comm.vendor import find_mpiexec, prepare
-from .config import RUN_VARIABLE, Config, settings
+from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, Config, settings
 from .errors import LaunchError
-from .progress import SUPERVISED_VARIABLE, Progress
+from .progress import Progress
 from .rundir import RunDirectory, Status
 
 GUARD = Path(__file__).parent / "guard.py"

@@ -22,7 +22,8 @@ from .vendor import Vendor
 from .waiting import Watch, send, take, take_any
 
 TO_NEWCOMER, TO_LEADER, WAKE_TAG, CHAIN_TAG, BRIDGE_TAG = 11, 12, 13, 14, 15
-LEADER, NEWCOMER = 0, 1  # ranks in the pair that the leader and a newcomer form
+THERE = 0  # rank of the other side, in the intercommunicator between the leader and a newcomer
+LEADER, NEWCOMER = 0, 1  # ranks in the pair that the two form when the party is gathered
 GUARD = Path(__file__).parent.parent / "guard.py"
 
 
@@ -71,7 +72,7 @@ class Arrival:
     """One newcomer under way, seen from the leader."""
 
     options: Options
-    pair: MPI.Intracomm | None = None
+    line: MPI.Intercomm | None = None
     hello: Report | None = None
     report: Report | None = None
     error: str = ""
@@ -96,6 +97,7 @@ class Arrivals:
         self.all = arrivals
         self._clock = clock
         self._party: Party | None = None
+        self._pairs: list[MPI.Intracomm] = []
         self._gathering: threading.Thread | None = None
         self._error = ""
         for arrival in arrivals:
@@ -115,21 +117,20 @@ class Arrivals:
                 # -S -E: neither site-packages nor the environment's Python settings, so that the guard is there at once.
                 guard = ["-S", "-E", str(GUARD), options.run_dir, str(options.member)]
                 worker = [sys.executable, "-m", "hpc_elastic.worker"]
-                inter = MPI.COMM_SELF.Spawn(sys.executable, [*guard, *worker], maxprocs=1)
-                pair = inter.Merge(high=False)
-                inter.Free()
-                send(pair, NEWCOMER, TO_NEWCOMER, options)
+                # Nothing collective here: MPICH mixes up the messages of two merges at a time.
+                line = MPI.COMM_SELF.Spawn(sys.executable, [*guard, *worker], maxprocs=1)
+                send(line, THERE, TO_NEWCOMER, options)
                 arrival.spawn_s = self._clock() - begun
-                Watch().until(lambda arrival=arrival, pair=pair: _greeted(arrival, pair))
-                arrival.pair = pair
+                Watch().until(lambda arrival=arrival, line=line: _greeted(arrival, line))
+                arrival.line = line
             except (MPI.Exception, OSError) as error:
                 arrival.error = f"spawn failed: {error}"
 
     def look(self) -> str:
         """Take the newcomers' reports; return why the party can't come, or an empty string."""
         for arrival in self.all:
-            if arrival.pair is not None and arrival.report is None:
-                data = take(arrival.pair, NEWCOMER, TO_LEADER)
+            if arrival.line is not None and arrival.report is None:
+                data = take(arrival.line, THERE, TO_LEADER)
                 if data is not None:
                     arrival.report = msgspec.msgpack.decode(data, type=Report)
             error = arrival.error or (arrival.report.error if arrival.report else "")
@@ -145,8 +146,8 @@ class Arrivals:
         """Send those that wait at an earlier loop than number `loop` on to the next one."""
         for arrival in self.all:
             if arrival.report is not None and arrival.report.loop < loop:
-                assert arrival.pair is not None
-                send(arrival.pair, NEWCOMER, TO_NEWCOMER, Call(order="skip"))
+                assert arrival.line is not None
+                send(arrival.line, THERE, TO_NEWCOMER, Call(order="skip"))
                 arrival.report = None
 
     def gather(self) -> None:
@@ -160,12 +161,13 @@ class Arrivals:
         return self._party is not None
 
     def _gather(self) -> None:
-        pairs = [arrival.pair for arrival in self.all if arrival.pair is not None]
+        lines = [arrival.line for arrival in self.all if arrival.line is not None]
         try:
-            for index, pair in enumerate(pairs):
-                send(pair, NEWCOMER, TO_NEWCOMER, Call(order="gather", index=index, total=len(pairs)))
-            group = pairs[0].Dup()
-            for pair in pairs[1:]:
+            for index, line in enumerate(lines):
+                send(line, THERE, TO_NEWCOMER, Call(order="gather", index=index, total=len(lines)))
+            self._pairs = [line.Merge(high=False) for line in lines]
+            group = self._pairs[0].Dup()
+            for pair in self._pairs[1:]:
                 group = _extend(group, pair, NEWCOMER)
             group.Split(MPI.UNDEFINED, 0)
             self._party = Party(group)
@@ -176,8 +178,8 @@ class Arrivals:
         """Send the party to the members' door; `World.merge` follows."""
         assert self._party is not None
         for arrival in self.all:
-            assert arrival.pair is not None
-            send(arrival.pair, NEWCOMER, TO_NEWCOMER, Call(order="enter"))
+            assert arrival.line is not None
+            send(arrival.line, THERE, TO_NEWCOMER, Call(order="enter"))
         return self._party
 
     def dismiss(self, watch: Watch) -> None:
@@ -186,22 +188,25 @@ class Arrivals:
         if self._gathering is not None:
             watch.until(lambda: self._gathering is None or not self._gathering.is_alive())
         for arrival in self.all:
-            if arrival.pair is not None:
-                send(arrival.pair, NEWCOMER, TO_NEWCOMER, Call(order="go"))
+            if arrival.line is not None:
+                send(arrival.line, THERE, TO_NEWCOMER, Call(order="go"))
 
     def close(self) -> None:
         """Free the communicators."""
         if self._party is not None:
             self._party.group.Free()
             self._party = None
+        for pair in self._pairs:
+            pair.Free()
+        self._pairs.clear()
         for arrival in self.all:
-            if arrival.pair is not None:
-                arrival.pair.Free()
-                arrival.pair = None
+            if arrival.line is not None:
+                arrival.line.Free()
+                arrival.line = None
 
 
-def _greeted(arrival: Arrival, pair: MPI.Intracomm) -> bool:
-    data = take(pair, NEWCOMER, TO_LEADER)
+def _greeted(arrival: Arrival, line: MPI.Intercomm) -> bool:
+    data = take(line, THERE, TO_LEADER)
     if data is not None:
         arrival.hello = msgspec.msgpack.decode(data, type=Report)
     return data is not None
@@ -211,9 +216,7 @@ def _wake(arrival: Arrival) -> None:
     assert arrival.tether is not None
     tether, rank = arrival.tether
     send(tether, rank, WAKE_TAG, arrival.options)
-    inter = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
-    arrival.pair = inter.Merge(high=False)
-    inter.Free()
+    arrival.line = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
 
 
 def _extend(group: MPI.Intracomm, peer: MPI.Comm, remote: int) -> MPI.Intracomm:
@@ -227,9 +230,10 @@ def _extend(group: MPI.Intracomm, peer: MPI.Comm, remote: int) -> MPI.Intracomm:
 class Door:
     """The newcomer's side: it reports to the leader, waits to be called, and enters."""
 
-    def __init__(self, pair: MPI.Intracomm, watch: Watch) -> None:
-        self._pair = pair
+    def __init__(self, line: MPI.Intercomm, watch: Watch) -> None:
+        self._line = line
         self._watch = watch
+        self._pair: MPI.Intracomm | None = None
         self._group: MPI.Intracomm | None = None
         self._others: MPI.Intracomm | None = None
 
@@ -239,9 +243,7 @@ class Door:
         parent = MPI.Comm.Get_parent()
         if parent == MPI.COMM_NULL:
             return None
-        pair = parent.Merge(high=True)
-        parent.Free()
-        return cls(pair, Watch())
+        return cls(parent, Watch())
 
     @classmethod
     def parked(cls, tether: MPI.Intracomm, watch: Watch, doze: Callable[[], None]) -> tuple[Door, Options]:
@@ -249,10 +251,8 @@ class Door:
         while True:
             data, rank = take_any(tether, WAKE_TAG)
             if data is not None:
-                inter = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
-                pair = inter.Merge(high=True)
-                inter.Free()
-                return cls(pair, watch), msgspec.msgpack.decode(data, type=Options)
+                line = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
+                return cls(line, watch), msgspec.msgpack.decode(data, type=Options)
             doze()
 
     def options(self) -> Options:
@@ -267,7 +267,7 @@ class Door:
         found: list[bytes] = []
 
         def come() -> bool:
-            data = take(self._pair, LEADER, TO_NEWCOMER)
+            data = take(self._line, THERE, TO_NEWCOMER)
             if data is not None:
                 found.append(data)
             return bool(found)
@@ -277,7 +277,7 @@ class Door:
 
     def report(self, report: Report) -> None:
         """Tell the leader."""
-        send(self._pair, LEADER, TO_LEADER, report)
+        send(self._line, THERE, TO_LEADER, report)
 
     def called(self) -> Call:
         """Wait for the leader's next call. After ``gather`` the party has been formed."""
@@ -287,6 +287,7 @@ class Door:
         return call
 
     def _gather(self, index: int, total: int) -> None:
+        self._pair = self._line.Merge(high=True)
         if index == 0:
             group = self._pair.Dup()
         else:
@@ -309,7 +310,7 @@ class Door:
 
     def close(self) -> None:
         """Free the communicators."""
-        for comm in (self._group, self._others, self._pair):
+        for comm in (self._group, self._others, self._pair, self._line):
             if comm is not None and comm != MPI.COMM_NULL:
                 comm.Free()
-        self._group = self._others = None
+        self._group = self._others = self._pair = None

@@ -17,7 +17,7 @@ from ..errors import ArrayError, ConfigError, JobError, Retired
 from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
 from ..reduce import Sum
-from ..sampler import Order
+from ..sampler import Order, microbatches, steps_per_epoch
 from ..state import Registry
 from .leader import Here, Leader
 from .offices import first_office, make_leader
@@ -169,8 +169,8 @@ class Job:
         for cursor in self._turns(epochs * per_epoch, epochs):
             start = cursor.position
             size = min(batch, len(data) - start)
-            cuts = [start + size * i // leaves for i in range(leaves + 1)]
-            step = Step(epoch=cursor.epoch, number=cursor.step, start=start, cuts=cuts, order=order, data=data, total=total)
+            cuts = microbatches(start, start + size, leaves)
+            step = Step(epoch=cursor.epoch, number=cursor.step, cuts=cuts, order=order, data=data, total=total)
             yield step
             step.finish()
             self._write_ledger(step)
@@ -197,7 +197,7 @@ class Job:
         limit = self._session.config.max_ranks
         if limit > leaves:
             raise ConfigError(f"max = {limit} ranks can't share {leaves} microbatches: raise microbatches or lower max")
-        return -(-samples // batch)
+        return steps_per_epoch(samples, batch)
 
     def _turns(self, total: int, epochs: int) -> Iterator[Cursor]:
         """Yield the cursor at every turn, after the resize point."""

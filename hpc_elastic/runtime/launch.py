@@ -201,12 +201,14 @@ def _retire(job: Job) -> None:
     job.close()
     job._session.record(job.member, "retired")  # noqa: SLF001  (the job's own other half)
     finalize()
-    if os.environ.get("PMI_RANK") is None and not _under_launcher():
+    if not _under_launcher():
+        job._session.record(job.member, "stand-in")  # noqa: SLF001
         _stand_in(job._session.run.path)  # noqa: SLF001
 
 
 def _under_launcher() -> bool:
-    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
+    """Tell whether a launcher started this process, rather than a shell that waits for it."""
+    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def _stand_in(run: Path) -> None:

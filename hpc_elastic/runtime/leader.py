@@ -13,12 +13,12 @@ from .. import events
 from ..comm.arrival import Arrival, Arrivals, Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
-from ..model import Cursor, Observation, Resize
+from ..model import Cursor, Member, Observation, Resize
 from ..policy import check, leaving, newcomers
 from ..progress import Progress
 from ..rundir import Answer, Status
 from .plan import Office, Parked, Plan, Tally
-from .session import peak_bytes, terminate
+from .session import alive, peak_bytes, terminate
 
 if TYPE_CHECKING:
     from ..comm.world import World
@@ -95,13 +95,15 @@ class Leader:
         if now >= self._next_inbox:
             self._next_inbox = now + INBOX_EVERY_S
             self._read_inbox(here)
-            self._release_gone()
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
             self.report(here, "running")
         if self._stop:
             return "stop"
-        if self._under_way is None:
+        # A resize is done when its leavers are gone: only then their slots can be had again.
+        if self.session.config.hold:
+            self.world.watch.until(self._all_gone, self.session.config.deadline_s, "leavers to end")
+        if self._under_way is None and self._all_gone():
             self._decide(here)
         if self._under_way is not None:
             if self.session.config.hold:
@@ -228,7 +230,7 @@ class Leader:
             self.office,
             decided=self.office.decided + 1,
             asked=None,
-            leaving=(*self.office.leaving, *(old.members[rank].id for rank in way.leavers)),
+            leaving=(*self.office.leaving, *(old.members[rank] for rank in way.leavers)),
             parked=parked,
             peak_bytes=max([self.office.peak_bytes, peak_bytes(), *(report.peak_bytes for report in reports)]),
         )
@@ -302,19 +304,29 @@ class Leader:
         )
         self._next_status = 0.0
 
-    def _release_gone(self) -> None:
-        """Give back the slots of leavers whose processes have ended."""
+    def _all_gone(self) -> bool:
+        """Give back the slots of leavers whose processes have ended; True if all have."""
         if not self.office.leaving:
-            return
-        records = {member: self.session.run.record(member) for member in self.office.leaving}
-        gone = {m: r.member.slot for m, r in records.items() if r is not None and r.outcome in ("retired", "parked")}
-        leases = tuple(lease for lease in self.office.leases if lease.slot in gone.values())
+            return True
+        gone = [member for member in self.office.leaving if self._gone(member)]
+        slots = {member.slot for member in gone}
+        leases = tuple(lease for lease in self.office.leases if lease.slot in slots)
         self.broker.release(leases)
         self.office = msgspec.structs.replace(
             self.office,
-            leaving=tuple(m for m in self.office.leaving if m not in gone),
+            leaving=tuple(member for member in self.office.leaving if member not in gone),
             leases=tuple(lease for lease in self.office.leases if lease not in leases),
         )
+        return not self.office.leaving
+
+    def _gone(self, member: Member) -> bool:
+        if member.host == self.world.me.host and not alive(member.pid):
+            return True
+        record = self.session.run.record(member.id)
+        if record is None:
+            return False
+        elsewhere = member.host != self.world.me.host
+        return record.outcome in ("parked", "stand-in") or (elsewhere and record.outcome == "retired")
 
     # --- people's requests --------------------------------------------------------------------------------------------
 
@@ -329,7 +341,9 @@ class Leader:
                 self.session.run.answer(name, self._asked(here, request.ranks))
 
     def _asked(self, here: Here, ranks: int) -> Answer:
-        if self._under_way is not None or self.office.asked is not None:
+        if self._under_way is not None or self.office.asked is not None or not self._all_gone():
+            if not self._all_gone():
+                return Answer(accepted=False, text="a resize is under way, its leavers are still ending: ask again in a moment")
             to = self._under_way.resize.ranks if self._under_way is not None else self.office.asked
             return Answer(accepted=False, text=f"a resize to {to} ranks is under way: ask again when it is done")
         config, size = self.session.config, self.world.size

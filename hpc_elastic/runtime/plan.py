@@ -24,7 +24,7 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     decided: int = 0
     asked: int | None = None
     leases: tuple[Lease, ...] = ()
-    leaving: tuple[int, ...] = ()
+    leaving: tuple[Member, ...] = ()
     parked: tuple[Parked, ...] = ()
     peak_bytes: int = 0
 

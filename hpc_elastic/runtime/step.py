@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..errors import StepError
 
 if TYPE_CHECKING:
     from ..reduce import Sum
+    from ..sampler import Order
 
 Array = NDArray[Any]
 
@@ -65,14 +66,15 @@ class Step:
         Means over the batch of what was given to `add` by name; there after `reduce`.
     """
 
-    def __init__(self, *, epoch: int, number: int, start: int, cuts: list[int], order: Any, data: Samples, total: Sum) -> None:
+    def __init__(
+        self, *, epoch: int, number: int, cuts: Sequence[tuple[int, int]], order: Order, data: Samples, total: Sum
+    ) -> None:
         self.epoch = epoch
         self.number = number
-        self.size = cuts[-1] - cuts[0]
+        self.size = cuts[-1][1] - cuts[0][0]
         self.metrics: dict[str, float] = {}
         self.consumed: NDArray[np.int64] = np.empty(0, np.int64)
         self._cuts = cuts
-        self._start = start
         self._order = order
         self._data = data
         self._sum = total
@@ -84,18 +86,18 @@ class Step:
     def own(self) -> list[int]:
         """Numbers of this rank's microbatches that have samples."""
         low, high = self._sum.interval
-        return [i for i in range(low, high) if self._cuts[i + 1] > self._cuts[i]]
+        return [i for i in range(low, high) if self._cuts[i][1] > self._cuts[i][0]]
 
     def microbatches(self) -> Iterator[Microbatch]:
         """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks."""
         own = self.own
         if own:
-            first, last = self._cuts[own[0]], self._cuts[own[-1] + 1]
+            first, last = self._cuts[own[0]][0], self._cuts[own[-1]][1]
             samples = self._order.take(self.epoch, first, last)
             fields = self._data.gather(samples)
             self.consumed = samples
             for index in own:
-                cut = slice(self._cuts[index] - first, self._cuts[index + 1] - first)
+                cut = slice(self._cuts[index][0] - first, self._cuts[index][1] - first)
                 self._now = Microbatch(index, samples[cut], {name: field[cut] for name, field in fields.items()})
                 yield self._now
         self._now = None
@@ -137,7 +139,7 @@ class Step:
         if self._reduced:
             raise StepError("step.reduce was called twice")
         self._reduced = True
-        empty = {i for i in range(len(self._cuts) - 1) if self._cuts[i + 1] == self._cuts[i]}
+        empty = {i for i, (start, stop) in enumerate(self._cuts) if start == stop}
         values, self.metrics = self._sum.reduce(empty)
         return values
 

@@ -1,0 +1,67 @@
+"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--state BYTES]."""
+
+import argparse
+import hashlib
+import os
+import time
+
+import numpy as np
+
+import hpc_elastic as he
+
+parser = argparse.ArgumentParser()
+parser.add_argument("shards")
+parser.add_argument("epochs", type=int)
+parser.add_argument("--batch", type=int, default=64)
+parser.add_argument("--pause", type=float, default=0.0)
+parser.add_argument("--fail", default="")
+parser.add_argument("--how", default="raise")
+parser.add_argument("--warm", type=float, default=0.0)
+arguments = parser.parse_args()
+
+
+def gradients(weights, micro):
+    x = micro["image"].reshape(len(micro), -1).astype(np.float32) / 255
+    scores = x @ weights["w"] + weights["b"]
+    scores -= scores.max(axis=1, keepdims=True)
+    p = np.exp(scores)
+    p /= p.sum(axis=1, keepdims=True)
+    loss = -np.log(p[np.arange(len(micro)), micro["label"]]).mean()
+    p[np.arange(len(micro)), micro["label"]] -= 1
+    p /= len(micro)
+    return loss, {"w": x.T @ p, "b": p.sum(axis=0)}
+
+
+def train(job):
+    weights = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
+    momentum = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
+    job.register(weights=weights, momentum=momentum)
+    if not job.joined:
+        time.sleep(arguments.warm)
+    fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
+    with he.open_shards(arguments.shards) as shards:
+        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch):
+            if (job.rank, step.number) == (fail_rank, fail_step):
+                if arguments.how == "raise":
+                    raise ValueError("deliberate failure")
+                if arguments.how == "exit":
+                    raise SystemExit(0)
+                os._exit(9)
+            for micro in step.microbatches():
+                loss, grads = gradients(weights, micro)
+                step.add(grads, loss=loss)
+            total = step.reduce()
+            for name, value in total.items():
+                momentum[name] *= np.float32(0.9)
+                momentum[name] += value
+                weights[name] -= np.float32(0.5) * momentum[name]
+            time.sleep(arguments.pause)
+    if job.leads:
+        digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights)))
+        print("sha256", digest.hexdigest())
+        print("loss", step.metrics["loss"].hex(), flush=True)
+        print("ranks", job.size, flush=True)
+
+
+if __name__ == "__main__":
+    he.run(train)

@@ -1,0 +1,98 @@
+"""The same bits and each sample once, through random timetables of resizes with any rank leaving."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from hpc_elastic.policy import Entry, Timetable
+
+from ..launch import SCRIPTS, Job, hpc_elastic, resizes
+from .conftest import SAMPLES
+
+EPOCHS, BATCH = 3, 64
+STEPS = EPOCHS * -(-SAMPLES // BATCH)
+SEEDS = range(30)
+
+
+def timetable(seed: int) -> Timetable:
+    """Return a random timetable of 2 to 6 resizes between 1 and 4 ranks; most shrinks name who leaves, often rank 0."""
+    rng = random.Random(seed)
+    steps = sorted(rng.sample(range(STEPS - 1), rng.randint(2, 6)))
+    size, entries = 1, []
+    for step in steps:
+        ranks = rng.choice([n for n in range(1, 5) if n != size or size > 1])
+        leavers: tuple[int, ...] = ()
+        if ranks <= size and (ranks == size or rng.random() < 0.7):
+            leavers = tuple(sorted(rng.sample(range(size), max(1, size - ranks))))
+            if rng.random() < 0.4 and 0 not in leavers:
+                leavers = (0, *leavers[1:])
+        entries.append(Entry(step, ranks, leavers))
+        size = ranks
+    return Timetable(tuple(entries))
+
+
+def check_ledger(run, epochs: int, samples: int) -> None:
+    """Check that every sample stands exactly once per epoch in the run's ledger."""
+    rows = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in (run / "ledger").iterdir()])
+    for epoch in range(epochs):
+        seen = np.sort(rows[rows[:, 0] == epoch, 2])
+        np.testing.assert_array_equal(seen, np.arange(samples))
+    assert len(rows) == epochs * samples
+
+
+@pytest.fixture(scope="module")
+def static(shards, tmp_path_factory):
+    """What one static rank computes."""
+    folder = tmp_path_factory.mktemp("static")
+    with Job(hpc_elastic("run", "--run-dir", "r", SCRIPTS / "softmax.py", shards, EPOCHS), folder=folder) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert float.fromhex(done.value("loss")) < 0.2
+    return done.value("sha256")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_timetables(seed, shards, static, tmp_path):
+    table = timetable(seed)
+    print(f"seed {seed}: {table}")
+    options = ["--run-dir", "r", "--slots", 5, "--max", 4, "--timetable", table, "--set", "ledger=true", "--hold"]
+    with Job(hpc_elastic("run", *options, SCRIPTS / "softmax.py", shards, EPOCHS), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
+    found = resizes(tmp_path / "r")
+    assert [event.after for event in found] == sizes(table)
+    assert [event.step for event in found] == [entry.step for entry in changing(table)]
+
+
+def changing(table: Timetable) -> list[Entry]:
+    """Return the entries that change something."""
+    size, found = 1, []
+    for entry in table.entries:
+        if entry.ranks != size or entry.leavers:
+            found.append(entry)
+        size = entry.ranks
+    return found
+
+
+def sizes(table: Timetable) -> list[int]:
+    """Return the number of ranks after each entry that changes something."""
+    return [entry.ranks for entry in changing(table)]
+
+
+def test_nobody_waits(shards, static, tmp_path):
+    """Without hold, the members step on while newcomers warm up, and the bits are the same."""
+    options = ["--run-dir", "r", "--slots", 4, "--timetable", "3:3,30:2-0", "--set", "ledger=true"]
+    script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", "0.05", "--warm", "0.5"]
+    with Job(hpc_elastic("run", *options, *script), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
+    grown = resizes(tmp_path / "r")[0]
+    assert grown.after == 3
+    assert grown.step >= 3 + 5  # half a second of warming is at least five steps of 50 ms on a busy machine

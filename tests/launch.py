@@ -1,0 +1,170 @@
+"""Runs jobs for tests: a limit outside the process, all stacks when it is passed, and a look for what is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_elastic import events
+from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare
+from hpc_elastic.rundir import RunDirectory
+
+ROOT = Path(__file__).parent.parent
+MARK = "JOB_UNDER_TEST"
+SCRIPTS = Path(__file__).parent / "elastic" / "scripts"
+GONE_WITHIN_S = 5.0
+
+
+@dataclass
+class Done:
+    """A job that has ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def value(self, name: str) -> str:
+        """Return what the job printed as ``name value``, which must be one line."""
+        (line,) = [line for line in self.out.splitlines() if line.startswith(name + " ")]
+        return line.split(maxsplit=1)[1]
+
+
+class Job:
+    """A job under way. Use as a context manager: it is ended, and looked after, when the block is left."""
+
+    def __init__(self, command: Sequence[str], *, folder: Path, limit_s: float = 60, environ: dict[str, str] | None = None):
+        self.mark = uuid.uuid4().hex
+        self.limit_s = limit_s
+        self._begun = time.monotonic()
+        self._shared = _shared_memory()
+        self._files = folder / f"out-{self.mark[:8]}", folder / f"err-{self.mark[:8]}"
+        environment = {**os.environ, **(environ or {}), MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        prepare(environment)
+        with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
+            self.process = subprocess.Popen(
+                list(command), cwd=folder, env=environment, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self._kill()
+
+    def text(self) -> tuple[str, str]:
+        """Return what it has printed so far."""
+        return self._files[0].read_text(errors="replace"), self._files[1].read_text(errors="replace")
+
+    def left(self) -> list[int]:
+        """Return the pids of its processes that run."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def wait(self, *, clean: bool = True) -> Done:
+        """Wait for its end, at most as long as the limit; nothing may be left behind."""
+        try:
+            self.process.wait(max(1.0, self.limit_s - (time.monotonic() - self._begun)))
+        except subprocess.TimeoutExpired:
+            stacks = "\n".join(_stack(pid) for pid in self.left())
+            self._kill()
+            out, err = self.text()
+            raise AssertionError(f"no end within {self.limit_s} s\n--- stacks\n{stacks}\n--- out\n{out}\n--- err\n{err}") from None
+        seconds = time.monotonic() - self._begun
+        if clean:
+            self._look_for_rests()
+        return Done(self.process.returncode, *self.text(), seconds)
+
+    def _look_for_rests(self) -> None:
+        deadline = time.monotonic() + GONE_WITHIN_S
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if left:
+            stacks = "\n".join(_stack(pid) for pid in left)
+            self._kill()
+            raise AssertionError(f"processes left behind: {left}\n{stacks}\n{self.text()}")
+        rests = _shared_memory() - self._shared
+        assert not rests, f"left in /dev/shm: {rests}\n{self.text()}"
+
+    def _kill(self) -> None:
+        for pid in self.left():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+def _stack(pid: int) -> str:
+    tool = Path(sys.executable).parent / "py-spy"
+    if not tool.exists():
+        return f"{pid}: no py-spy to show its stack"
+    try:
+        done = subprocess.run([tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{pid}: no stack within 20 s"
+    return done.stdout or f"{pid}: {done.stderr}"
+
+
+def _shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {path.name for vendor in VENDORS for path in folder.glob(vendor.leaves_shared_memory)}
+
+
+def python() -> list[str]:
+    """Return the command of this Python."""
+    return [sys.executable]
+
+
+def hpc_elastic(*arguments: object) -> list[str]:
+    """Return a command line of the program."""
+    return [sys.executable, "-m", "hpc_elastic.cli", *map(str, arguments)]
+
+
+def mpiexec(n: int) -> list[str]:
+    """Return the start of a command line under the launcher."""
+    path, vendor = find_mpiexec()
+    return [str(path), *vendor.launch, "-n", str(n), sys.executable]
+
+
+def run_dir(path: Path) -> RunDirectory:
+    """Return the run directory `path`."""
+    return RunDirectory(path)
+
+
+def resizes(path: Path) -> list[events.Resized]:
+    """Return the resizes of a run."""
+    return [event for event in events.read(path / "events.jsonl") if isinstance(event, events.Resized)]
+
+
+def refusals(path: Path) -> list[str]:
+    """Return the reasons of a run's refusals."""
+    return [event.reason for event in events.read(path / "events.jsonl") if isinstance(event, events.Refused)]
+
+
+def until(done, limit_s: float = 30.0) -> None:
+    """Wait until `done()` is true; a job under way can only be watched."""
+    deadline = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline, f"not within {limit_s} s"
+        time.sleep(0.02)
+
+
+def removed(path: Path) -> None:
+    """Remove a folder."""
+    shutil.rmtree(path)
