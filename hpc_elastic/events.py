@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from .errors import RunDirectoryError
+
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
     """Base of all events; ``time`` is in seconds since the Unix epoch."""
@@ -41,6 +43,12 @@ class Refused(Event, frozen=True, kw_only=True):
     step: int
     ranks: int
     reason: str
+
+
+class Notice(Event, frozen=True, kw_only=True):
+    """Something that people should know."""
+
+    text: str
 
 
 class Ready(Event, frozen=True, kw_only=True):
@@ -102,7 +110,7 @@ class Ended(Event, frozen=True, kw_only=True):
     stopped: bool = False
 
 
-AnyEvent = Started | Decided | Refused | Ready | Resized | Epoch | Failed | Ended
+AnyEvent = Started | Decided | Refused | Notice | Ready | Resized | Epoch | Failed | Ended
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(AnyEvent)
@@ -124,9 +132,24 @@ class EventLog:
 
 
 def read(path: Path) -> list[AnyEvent]:
-    """Return the events in the file `path`; a last line still being written is left out, a missing file is empty."""
+    """Return the events in the file `path`; a last line still being written is left out, a missing file is empty.
+
+    Raises
+    ------
+    RunDirectoryError
+        If a line is not an event.
+    """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [_decoder.decode(line) for line in lines]
+    return [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _decoded(path: Path, number: int, line: bytes) -> AnyEvent:
+    try:
+        return _decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged, line {number} is not an event: {error}; remove that line, the others stay readable"
+        ) from error

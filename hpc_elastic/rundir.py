@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run stands. ``state`` is "starting", "running", "ended", "stopped" or "failed"; ``time`` is of this report."""
+    """How a run stands. ``state`` is "starting", "running", "ended", "stopped" or "failed"; ``time`` is of this report.
+
+    ``unit`` is what ``samples_per_s`` counts: "samples", or "turns" in a job without a data set.
+    """
 
     state: str
     time: float
@@ -42,6 +45,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     steps: int = 0
     samples_per_s: float = 0.0
+    unit: str = "samples"
     metrics: dict[str, float] = {}
     under_way: str = ""
     peak_bytes: int = 0

