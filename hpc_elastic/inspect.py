@@ -1,11 +1,16 @@
-"""What a set of shards holds, for people and for scripts: fields, samples, labels, files and how they lie on the disk."""
+"""What a set of shards holds, for people and for scripts: fields, samples, labels, files and their layout."""  # noqa: A005
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
 
 from .shards import ShardSet, open_shards
 
@@ -92,10 +97,6 @@ def _labels(found: ShardSet) -> dict[str, int] | None:
 
 def table(found: dict[str, Any]) -> None:
     """Print on stdout what `describe` returned."""
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
     # No markup or highlighting: paths and class names may hold brackets.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(
@@ -106,7 +107,9 @@ def table(found: dict[str, Any]) -> None:
 
     fields = Table("field", "shape of a sample", "dtype", "bytes")
     for name, field in found["fields"].items():
-        fields.add_row(_plain(name), " x ".join(map(str, field["shape"])) or "one value", field["dtype"], str(field["bytes"]))
+        fields.add_row(
+            _plain(name), " x ".join(map(str, field["shape"])) or "one value", field["dtype"], str(field["bytes"])
+        )
     console.print(fields)
 
     if found["labels"] is not None:
@@ -115,15 +118,18 @@ def table(found: dict[str, Any]) -> None:
             labels.add_row(value, _plain(_class(found["classes"], int(value))), f"{count:,}")
         console.print(labels)
 
+    folders = {Path(file["path"]).parent for file in found["files"]}
+    if len(folders) == 1:
+        console.print(f"files in {folders.pop()}:")
     files = Table("file", "samples", "size", "layout")
     for file in found["files"]:
-        files.add_row(_plain(file["path"]), f"{file['samples']:,}", decimal(file["bytes"]), _plain(_layouts(file["layouts"])))
+        name = file["path"] if folders else Path(file["path"]).name
+        layouts = _plain(_layouts(file["layouts"]))
+        files.add_row(_plain(name), f"{file['samples']:,}", decimal(file["bytes"]), layouts)
     console.print(files)
 
 
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
+def _plain(text: str) -> Text:
     return Text(text, overflow="fold")
 
 

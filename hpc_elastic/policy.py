@@ -1,38 +1,54 @@
-"""Policies: how many ranks to have, as a pure function of what is seen; and what a resize means for the ranks there are."""
+"""Policies: how many ranks to have, as a pure function of what is seen; and what a resize means for the ranks."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError, ResizeRefused
 from .model import Observation, Resize
 
-ENTRY = re.compile(r"(?P<step>\d+):(?P<ranks>\d+)(?:-(?P<leavers>\d+(?:\+\d+)*))?")
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+ENTRY = re.compile(r"(?P<step>[0-9]+):(?P<ranks>[0-9]+)(?:-(?P<leavers>[0-9]+(?:\+[0-9]+)*))?")
 EXAMPLE = '"20:3,40:2-0" (3 ranks from step 20 on, 2 from step 40 on, rank 0 leaving)'
 
 
 def bounded(seen: Observation, wanted: int, reason: str, leavers: tuple[int, ...] = ()) -> Resize | None:
-    """Return the resize to `wanted` ranks, as far as limits and supply allow; None if that changes nothing."""
-    ranks = min(max(wanted, seen.min_ranks), seen.max_ranks, seen.ranks + seen.supply.offered)
-    ranks = max(ranks, 1)
+    """Return the resize to `wanted` ranks, as far as limits and supply allow; None if that changes nothing.
+
+    A leaver's slot gets free only after its replacement has come, so replacements take from what is offered, too. Where
+    that is not enough, the job gets smaller, and where it would get too small, leavers stay.
+    """
+    offered = seen.supply.offered
+    low = max(seen.min_ranks, 1)
     leavers = tuple(rank for rank in leavers if rank < seen.ranks)
-    if ranks == seen.ranks and not leavers:
+    supplied = seen.ranks - len(leavers) + offered
+    ranks = min(max(wanted, low), seen.max_ranks)
+    limit = f"min {low}" if ranks > wanted else f"max {seen.max_ranks}"
+    if ranks > supplied:
+        ranks = max(supplied, min(low, seen.ranks + offered))
+        limit = f"{offered} more can be had" + (f" ({seen.supply.why})" if seen.supply.why else "")
+    leavers = leavers[: max(0, seen.ranks + offered - ranks)]
+    if ranks < low or (ranks == seen.ranks and not leavers):
         return None
-    if ranks != wanted:
-        reason += f"; {ranks} instead of {wanted}: {seen.supply.why or 'limited by min and max'}"
-    return Resize(ranks, leavers, reason)
+    return Resize(ranks, leavers, reason if ranks == wanted else f"{reason}; {ranks} instead of {wanted}: {limit}")
 
 
 def give_back(seen: Observation) -> Resize | None:
-    """Return the resize that gives back what the broker revokes, or None."""
+    """Return the resize that gives back what the broker revokes, down to the least number of ranks; None if none goes.
+
+    Which ranks sit in the slots concerned is for the caller to add.
+    """
     revoked = len(seen.supply.revoked)
-    ranks = max(seen.ranks - revoked, 1)
-    if not revoked or ranks == seen.ranks:
+    ranks = min(max(seen.ranks - revoked, seen.min_ranks, 1), seen.max_ranks)
+    if not revoked or ranks >= seen.ranks:
         return None
-    return Resize(ranks, (), f"the broker takes back {revoked} slot{'s' if revoked > 1 else ''}: {seen.supply.why}")
+    why = f": {seen.supply.why}" if seen.supply.why else ""
+    return Resize(ranks, (), f"the broker takes back {revoked} slot{'s' if revoked > 1 else ''}{why}")
 
 
 @dataclass(frozen=True)
@@ -69,37 +85,46 @@ class Entry:
         leavers = "-" + "+".join(map(str, self.leavers)) if self.leavers else ""
         return f"{self.step}:{self.ranks}{leavers}"
 
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Return the entry that `text` writes, such as ``"40:2-0"``; `ConfigError` if it can't be read."""
+        match = ENTRY.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"timetable: {text!r} is not STEP:RANKS or STEP:RANKS-LEAVERS, as in {EXAMPLE}")
+        leavers = match["leavers"].split("+") if match["leavers"] else ()
+        return cls(int(match["step"]), int(match["ranks"]), tuple(map(int, leavers)))
+
 
 @dataclass(frozen=True)
 class Timetable:
-    """Sizes by step. An entry is decided once, in its order, when its step has come and the one before is done."""
+    """Sizes by step. An entry is decided once, in its order, when its step has come and the one before is done.
+
+    Raises
+    ------
+    ConfigError
+        If there is no entry, the steps don't increase, an entry asks for no ranks, or it names a leaver twice.
+    """
 
     entries: tuple[Entry, ...]
 
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise ConfigError(f"timetable: no entries; write some, as in {EXAMPLE}")
+        for entry in self.entries:
+            if entry.ranks < 1:
+                raise ConfigError(
+                    f"timetable: '{entry}' asks for {entry.ranks} ranks; a job has at least 1, as in {EXAMPLE}"
+                )
+            if len(set(entry.leavers)) < len(entry.leavers):
+                raise ConfigError(f"timetable: '{entry}' names a leaver twice; name each once, as in {EXAMPLE}")
+        for before, after in itertools.pairwise(self.entries):
+            if after.step <= before.step:
+                raise ConfigError(f"timetable: '{after}' stands after '{before}'; steps must increase, as in {EXAMPLE}")
+
     @classmethod
     def parse(cls, text: str) -> Timetable:
-        """Return the timetable that `text` writes, such as ``"20:3,40:2-0,60:3-1+2"``.
-
-        Raises
-        ------
-        ConfigError
-            If an entry can't be read, its steps don't increase, or it asks for no ranks.
-        """
-        entries = []
-        for part in text.replace(" ", "").split(","):
-            match = ENTRY.fullmatch(part)
-            if match is None:
-                raise ConfigError(f"timetable: {part!r} is not STEP:RANKS or STEP:RANKS-LEAVERS, as in {EXAMPLE}")
-            leavers = tuple(int(rank) for rank in match["leavers"].split("+")) if match["leavers"] else ()
-            entries.append(Entry(int(match["step"]), int(match["ranks"]), leavers))
-            if entries[-1].ranks < 1:
-                raise ConfigError(f"timetable: {part!r} asks for 0 ranks; a job has at least 1")
-            if len(set(leavers)) < len(leavers):
-                raise ConfigError(f"timetable: {part!r} names a leaver twice")
-        for before, after in itertools.pairwise(entries):
-            if after.step <= before.step:
-                raise ConfigError(f"timetable: step {after.step} comes after step {before.step}; steps must increase")
-        return cls(tuple(entries))
+        """Return the timetable that `text` writes, such as ``"20:3,40:2-0,60:3-1+2"``; `ConfigError` if it is none."""
+        return cls(tuple(Entry.parse(part.strip()) for part in text.split(",")))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.entries))
@@ -112,8 +137,8 @@ class Timetable:
         if seen.step < entry.step:
             return None
         reason = f"timetable: {entry}"
-        # An entry that changes nothing is decided all the same: the next one must get its turn.
-        return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), reason)
+        # An entry that changes nothing is decided all the same, and refused: the next one must get its turn.
+        return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), f"{reason} changes nothing")
 
 
 def check(ranks: int, *, leavers: Collection[int], now: int, minimum: int, maximum: int) -> None:
@@ -126,9 +151,12 @@ def check(ranks: int, *, leavers: Collection[int], now: int, minimum: int, maxim
         raise ResizeRefused(f"{ranks} ranks asked for, but max = {maximum}")
     for rank in leavers:
         if not 0 <= rank < now:
-            raise ResizeRefused(f"rank {rank} should leave, but there are only ranks 0 to {now - 1}")
+            there = f"there are only ranks 0 to {now - 1}" if now > 1 else "there is only rank 0"
+            raise ResizeRefused(f"rank {rank} should leave, but {there}")
+    if len(set(leavers)) < len(leavers):
+        raise ResizeRefused(f"{len(leavers)} leavers are named, but one of them twice: {', '.join(map(str, leavers))}")
     if ranks == now and not leavers:
-        raise ResizeRefused(f"there are {now} ranks already")
+        raise ResizeRefused(f"already at {now} rank{'s' if now > 1 else ''}")
 
 
 def leaving(size: int, resize: Resize) -> tuple[int, ...]:

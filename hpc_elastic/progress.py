@@ -1,4 +1,4 @@
-"""The job's progress on the terminal: a live bar where there is one, plain lines elsewhere. Drawn by one process only."""
+"""The job's progress on the terminal: a live bar where there is one, else plain lines. Drawn by one process only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from .config import SUPERVISED_VARIABLE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
     from .rundir import Status
 
-SUPERVISED_VARIABLE = "HPC_ELASTIC_SUPERVISED"
 PLAIN_EVERY_S = 5.0
 SMOOTH = 0.3  # weight of the newest rate
 
@@ -103,8 +104,9 @@ class Progress:
 
 
 def _new_bar() -> Bar:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    # Ranks import this module, and few of them draw.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     # No markup: a metric's name may hold brackets.
     texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[text]}", markup=False))

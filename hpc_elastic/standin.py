@@ -3,25 +3,44 @@
     python -S -E standin.py RUN
 """
 
+import glob
 import json
 import os
 import sys
 import time
 
 
+def read(*path):
+    try:
+        with open(os.path.join(*path)) as file:
+            return json.load(file)
+    except OSError:
+        return None
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def main():
     run = sys.argv[1]
-    while True:
-        if os.path.exists(os.path.join(run, "failure.json")):
-            sys.exit(1)
-        try:
-            with open(os.path.join(run, "status.json")) as file:
-                state = json.load(file)["state"]
-        except OSError:
-            sys.exit(1)  # the run directory is gone: nothing to wait for
-        if state in ("ended", "stopped"):
-            sys.exit(0)
-        time.sleep(0.1)
+    state = "running"
+    while state not in ("ended", "stopped", "failed"):
+        time.sleep(0.05)
+        status = read(run, "status.json")
+        if status is None or os.path.exists(os.path.join(run, "failure.json")):
+            state = "failed"
+        else:
+            state = status["state"]
+    members = [read(path)["member"] for path in glob.glob(os.path.join(glob.escape(run), "ranks", "[0-9]*.json"))]
+    here = [m["pid"] for m in members if m["host"] == os.uname().nodename and m["pid"] != os.getpid()]
+    while any(alive(pid) for pid in here):  # what follows he.run in the script may still print
+        time.sleep(0.02)
+    sys.exit(1 if state == "failed" else 0)
 
 
 main()

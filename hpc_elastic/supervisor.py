@@ -95,7 +95,8 @@ class Supervisor:
         """Return the exit code; the run's own record decides, since launchers end with what they like."""
         failure = self.run.failure()
         if failure is not None:
-            sys.stderr.write(f"hpc_elastic: {failure.error}\nhpc_elastic: run directory {self.run.path}\n")
+            told = "" if failure.traceback else f"hpc_elastic: {failure.error}\n"  # else the rank has said it
+            sys.stderr.write(f"{told}hpc_elastic: run directory {self.run.path}\n")
             return EXIT_FAILED
         if last is not None and last.state in ("ended", "stopped"):
             return EXIT_OK

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ..errors import StepError
 
 Array = NDArray[Any]
-Rebuild = Callable[[list[Array]], Any]
 
 
 def view(value: Any) -> Array:
@@ -22,19 +21,30 @@ def view(value: Any) -> Array:
     return array
 
 
-def flatten(tree: Any) -> tuple[list[Array], Rebuild]:
-    """Return the arrays in `tree` (an array, or nested lists, tuples and dicts of them) and how to build it again."""
+class Structure(NamedTuple):
+    """How arrays are nested: `kind` is "array", "list", "tuple" or "dict"; two equal ones nest alike. Can be pickled."""
+
+    kind: str
+    keys: tuple[Any, ...] = ()
+    parts: tuple[Structure, ...] = ()
+
+    def build(self, arrays: Iterator[Array]) -> Any:
+        """Return the structure filled with the next of `arrays`."""
+        if self.kind == "array":
+            return next(arrays)
+        items = [part.build(arrays) for part in self.parts]
+        if self.kind == "dict":
+            return dict(zip(self.keys, items, strict=True))
+        return tuple(items) if self.kind == "tuple" else items
+
+
+def flatten(tree: Any) -> tuple[list[Array], Structure]:
+    """Return the arrays in `tree` (an array, or nested lists, tuples and dicts of them) and how they are nested."""
     if isinstance(tree, Mapping):
-        keys = list(tree)
-        parts, rebuild = flatten([tree[key] for key in keys])
-        return parts, lambda arrays: dict(zip(keys, rebuild(arrays), strict=True))
+        arrays, structure = flatten(list(tree.values()))
+        return arrays, Structure("dict", tuple(tree), structure.parts)
     if isinstance(tree, (list, tuple)):
-        leaves: list[Array] = []
-        rebuilds: list[tuple[int, int, Rebuild]] = []
-        for item in tree:
-            arrays, rebuild = flatten(item)
-            rebuilds.append((len(leaves), len(leaves) + len(arrays), rebuild))
-            leaves += arrays
-        kind = list if isinstance(tree, list) else tuple
-        return leaves, lambda arrays: kind(rebuild(arrays[start:stop]) for start, stop, rebuild in rebuilds)
-    return [view(tree)], lambda arrays: arrays[0]
+        flat = [flatten(item) for item in tree]
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return [array for arrays, _ in flat for array in arrays], Structure(kind, (), tuple(part for _, part in flat))
+    return [view(tree)], Structure("array")

@@ -190,6 +190,7 @@ class Arrivals:
         for arrival in self.all:
             if arrival.line is not None:
                 send(arrival.line, THERE, TO_NEWCOMER, Call(order="go"))
+        self.close()
 
     def close(self) -> None:
         """Free the communicators."""
@@ -234,6 +235,7 @@ class Door:
         self._line = line
         self._watch = watch
         self._pair: MPI.Intracomm | None = None
+        self._closed = False
         self._group: MPI.Intracomm | None = None
         self._others: MPI.Intracomm | None = None
 
@@ -310,6 +312,8 @@ class Door:
 
     def close(self) -> None:
         """Free the communicators."""
-        for comm in (self._group, self._others, self._pair, self._line):
-            if comm is not None and comm != MPI.COMM_NULL:
-                comm.Free()  # mpi4py makes it COMM_NULL
+        if not self._closed:
+            self._closed = True
+            for comm in (self._group, self._others, self._pair, self._line):
+                if comm is not None:
+                    comm.Free()

@@ -32,6 +32,8 @@ class Vendor:
     spawn_holds_lock : bool
         A thread inside ``MPI_Comm_spawn`` keeps the other threads of its process from calling MPI until the child has
         called ``MPI_Init``.
+    singleton_can_end : bool
+        A process that no launcher started can end before those that it spawned.
     leaves_shared_memory : str
         Pattern below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
@@ -45,6 +47,7 @@ class Vendor:
     launch: tuple[str, ...]
     spawns_at_once: bool
     spawn_holds_lock: bool
+    singleton_can_end: bool
     leaves_shared_memory: str
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -59,6 +62,7 @@ VENDORS = (
         launch=(),
         spawns_at_once=True,
         spawn_holds_lock=True,
+        singleton_can_end=True,
         leaves_shared_memory="mpich_*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
@@ -80,10 +84,14 @@ VENDORS = (
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_ALLOW_RUN_AS_ROOT": "1",
+            "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         },
         launch=("--with-ft", "ulfm"),
         spawns_at_once=False,
         spawn_holds_lock=False,
+        # It is the parent of their launcher, which ends with it.
+        singleton_can_end=False,
         leaves_shared_memory="sm_segment.*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
@@ -154,10 +162,21 @@ def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
             continue
         if status.st_uid == os.geteuid() and status.st_mtime >= since:
             found.append(path)
-    if not found:
+    return unmapped(found)
+
+
+def unmapped(paths: list[Path]) -> list[Path]:
+    """Return those of `paths` that no other process maps."""
+    if not paths:
         return []
-    maps = "".join(_maps(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return [path for path in found if str(path) not in maps]
+    own = str(os.getpid())
+    maps = "".join(_maps(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and entry.name != own)
+    return [path for path in paths if str(path) not in maps]
+
+
+def under_launcher() -> bool:
+    """Tell whether a launcher started this process, rather than a shell that waits for it."""
+    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def find_mpiexec() -> tuple[Path, Vendor]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..model import Generation, Member, Move
 from .arrival import BRIDGE_TAG, Party
-from .vendor import Vendor, vendor_of
+from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
 from .waiting import Watch
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -34,15 +34,21 @@ def library() -> str:
     return MPI.Get_library_version().split("\n")[0].split(",")[0].replace("\t", " ").rstrip("\0 ")
 
 
-def shares_world() -> bool:
-    """Tell whether this process can't be ended singly, because its MPI world has other processes."""
-    return MPI.COMM_WORLD.size > 1
+LAUNCHED = under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
+
+
+def must_stay() -> bool:
+    """Tell whether this process can't end before the others do: it shares its MPI world, or is their launcher's parent."""
+    return MPI.COMM_WORLD.size > 1 or not (LAUNCHED or vendor().singleton_can_end)
 
 
 def finalize() -> None:
-    """End MPI in this process."""
+    """End MPI in this process. Removes what a single process of Open MPI leaves in shared memory."""
     if MPI.Is_initialized() and not MPI.Is_finalized():
+        segments = own_shared_memory()
         MPI.Finalize()
+        for path in unmapped([path for path in segments if path.exists()]):
+            path.unlink(missing_ok=True)
 
 
 class World:
@@ -70,7 +76,7 @@ class World:
     def of_seeds(cls, watch: Watch) -> World:
         """Return the first generation: the ranks that the launcher started. Collective."""
         comm = MPI.COMM_WORLD.Dup()
-        mine = Member(id=comm.rank, pid=os.getpid(), host=socket.gethostname(), slot=comm.rank, parks=shares_world())
+        mine = Member(id=comm.rank, pid=os.getpid(), host=socket.gethostname(), slot=comm.rank, parks=must_stay())
         world = cls(comm, Generation(0, (mine,)), watch)
         members = tuple(msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine)))
         world.generation = Generation(0, members)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.host import Rebuild, flatten
+from ..arrays.host import Structure, flatten
 from ..errors import StepError
 from ..partition import block
 from .order import Node, TreeSum, present, roots
@@ -31,16 +33,16 @@ class Ranks(Protocol):
 class Form:
     """How a structure of arrays lies in one flat buffer a dtype; metrics lie behind the float64 ones."""
 
-    def __init__(self, arrays: list[Array], rebuild: Rebuild, metrics: tuple[str, ...]) -> None:
-        self.rebuild = rebuild
+    def __init__(self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], str], ...], metrics: tuple[str, ...]) -> None:
+        self.key = structure, arrays, metrics
+        self.structure = structure
         self.metrics = metrics
-        self.key = tuple((a.shape, a.dtype.str) for a in arrays)
         self.places: list[tuple[str, slice, tuple[int, ...]]] = []
         self.lengths: dict[str, int] = {}
-        for array in (*arrays, np.empty(len(metrics))):
-            start = self.lengths.get(array.dtype.str, 0)
-            self.lengths[array.dtype.str] = start + array.size
-            self.places.append((array.dtype.str, slice(start, start + array.size), array.shape))
+        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64).str)):
+            start = self.lengths.get(dtype, 0)
+            self.lengths[dtype] = start + math.prod(shape)
+            self.places.append((dtype, slice(start, self.lengths[dtype]), shape))
 
     def new(self) -> dict[str, Array]:
         """Return buffers for one set of values."""
@@ -83,14 +85,16 @@ class Sum:
 
     def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
         """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
-        arrays, rebuild = flatten(values)
+        arrays, structure = flatten(values)
+        key = structure, tuple((a.shape, a.dtype.str) for a in arrays), tuple(metrics)
         if self._form is None:
-            self._form = Form(arrays, rebuild, tuple(metrics))
+            self._form = Form(*key)
         form = self._form
-        if tuple((a.shape, a.dtype.str) for a in arrays) != form.key or tuple(metrics) != form.metrics:
+        if key != form.key:
             raise StepError(
                 f"step.add got {len(arrays)} arrays and metrics {list(metrics)}, unlike the first time "
-                f"({len(form.key)} arrays, metrics {list(form.metrics)}): shapes, dtypes and names must stay the same"
+                f"({len(form.key[1])} arrays, metrics {list(form.metrics)}): "
+                "nesting, keys and their order, shapes and dtypes must stay the same"
             )
         own = self._spare.pop() if self._spare else form.new()
         for array, (dtype, place, shape) in zip((*arrays, np.array(list(metrics.values()))), form.places, strict=True):
@@ -105,36 +109,49 @@ class Sum:
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
         """Return the sums in the structure of what was added, and the metrics. Collective; `empty` are leaves without samples."""
-        form = self._form
-        if form is None:
-            raise StepError("step.reduce without any step.add")
         ranks = self._ranks()
         there = [
             present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)
             for rank in range(ranks.size)
         ]
+        if self._form is None and there[ranks.rank]:
+            raise StepError("step.reduce without any step.add")
+        form = self._agreed(ranks, there)
         mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
         self._tree = None
-        if self._result is not None:
-            self._spare.append(self._result)
         if ranks.size == 1:
-            (self._result,) = mine
+            (result,) = mine
+            if self._result is not None:
+                self._spare.append(self._result)
+            self._result = result
         else:
-            self._result = {
+            result = {
                 dtype: self._across(ranks, there, [value[dtype] for value in mine], length, np.dtype(dtype))
                 for dtype, length in form.lengths.items()
-                if length
             }
+            self._result = None  # it is not one of the buffers, which are all spare again
             self._spare += mine
-        result = self._result
-        arrays = [
-            result[dtype][place].reshape(shape) if place.stop > place.start else np.empty(shape, dtype)
-            for dtype, place, shape in form.places
-        ]
-        return form.rebuild(arrays[:-1]), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
+        arrays = [result[dtype][place].reshape(shape) for dtype, place, shape in form.places]
+        return form.structure.build(iter(arrays)), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
+
+    def _agreed(self, ranks: Ranks, there: list[list[Node]]) -> Form:
+        """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
+        if not all(there):
+            source = next(rank for rank, nodes in enumerate(there) if nodes)
+            told = pickle.dumps(self._form.key) if self._form is not None and ranks.rank == source else b""
+            counts = np.empty(ranks.size, np.int64)
+            ranks.all_parts(np.array([len(told)]), counts, [1] * ranks.size)
+            whole = np.empty(int(counts.sum()), np.uint8)
+            ranks.all_parts(np.frombuffer(told, np.uint8), whole, counts.tolist())
+            if self._form is None:
+                self._form = Form(*pickle.loads(whole.tobytes()))  # noqa: S301  from a rank of this very job
+        assert self._form is not None
+        return self._form
 
     def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
         """Sum over all ranks, for one dtype; `there` are the partial sums that every rank has."""
+        if not length:
+            return np.empty(0, dtype)
         most = max(len(nodes) for nodes in there)
         together = most * length * dtype.itemsize <= SMALL_BYTES
         cuts = [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]

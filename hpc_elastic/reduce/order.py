@@ -1,14 +1,18 @@
 """The order of the canonical sum: one fixed binary tree over the microbatches 0 … L-1. Pure.
 
-Leaves 2k and 2k+1 are summed first, then pairs of those sums, and so on; a sum without a partner passes on upwards. A rank
-sums the subtrees that lie whole in its interval, and the sums of all ranks are combined along the same tree, so that every
-addition has the same two operands whatever the number of ranks.
+Leaves 2k and 2k+1 are summed first, then pairs of those sums, and so on; a sum without a partner, at the end or because
+the partner has no samples, passes on upwards. A rank sums the subtrees that lie whole in its interval, and the sums of
+all ranks are combined along the same tree, so that every addition has the same operands whatever the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from ..errors import StepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
 
 T = TypeVar("T")
 
@@ -17,32 +21,46 @@ class Node(NamedTuple):
     """The subtree over the leaves ``[index << level, (index + 1) << level)``, as far as there are any."""
 
     level: int
-    index: int
+    index: int  # type: ignore[assignment]  # nobody searches a Node, so tuple.index is not missed
+
+    @property
+    def start(self) -> int:
+        """Its first leaf."""
+        return self.index << self.level
+
+    @property
+    def stop(self) -> int:
+        """The leaf after its last, as if there were leaves without end."""
+        return (self.index + 1) << self.level
 
     def leaves(self, total: int) -> range:
         """Return its leaves, of `total` there are."""
-        return range(min(total, self.index << self.level), min(total, (self.index + 1) << self.level))
+        return range(min(total, self.start), min(total, self.stop))
 
 
-def roots(start: int, stop: int, total: int) -> tuple[Node, ...]:
-    """Return the largest subtrees that tile the leaves ``[start, stop)`` of `total`, in order."""
+def roots(start: int, stop: int, leaves: int) -> tuple[Node, ...]:
+    """Return the largest subtrees that tile the interval ``[start, stop)`` of `leaves` leaves, in order."""
     found = []
     while start < stop:
         level = 0
-        while start % (2 << level) == 0 and min(total, start + (2 << level)) <= stop and start + (1 << level) < total:
+        # A subtree that is cut off at the last leaf is whole; the loop ends where growing adds no leaf.
+        while start % (2 << level) == 0 and min(leaves, start + (2 << level)) <= stop and start + (1 << level) < leaves:
             level += 1
         found.append(Node(level, start >> level))
-        start = min(total, start + (1 << level))
+        start = min(leaves, start + (1 << level))
     return tuple(found)
 
 
-def present(nodes: Collection[Node], empty: Collection[int], total: int) -> list[Node]:
+def present(nodes: Collection[Node], empty: Collection[int], leaves: int) -> list[Node]:
     """Return those of `nodes` that have a leaf which is not `empty`."""
-    return [node for node in nodes if any(leaf not in empty for leaf in node.leaves(total))]
+    return [node for node in nodes if any(leaf not in empty for leaf in node.leaves(leaves))]
 
 
 class TreeSum(Generic[T]):
-    """Combines values along the tree as soon as both operands are there.
+    """Combines values along the tree, each two as soon as both are there.
+
+    It serves a rank for its own leaves (`subtrees`) and everybody for the subtrees of all ranks (`total`). It keeps about
+    one value a level, not one a leaf.
 
     Parameters
     ----------
@@ -56,19 +74,37 @@ class TreeSum(Generic[T]):
         self._combine = combine
         self._first = first
         self._stack: list[tuple[Node, T]] = []
+        self._next = first  # the leaf that may come next
 
     def feed(self, node: Node, value: T) -> None:
-        """Add the value of `node`; nodes come in the order of their leaves, and those without a value are left out."""
-        start = node.index << node.level
-        self._settle(start)
+        """Add the value of `node`.
+
+        Nodes come in the order of their leaves. Those without a value may be left out, or be told of by `skip`.
+
+        Raises
+        ------
+        StepError
+            If `node` comes after one that lies behind it, or overlaps one that was fed.
+        """
+        if node.start < self._next:
+            raise StepError(
+                f"microbatch {node.start} was added after {self._next - 1}: add them in their order, each once"
+            )
+        self._settle(node.start)
         self._stack.append((node, value))
+        self._settle(node.stop)
+
+    def skip(self, node: Node) -> None:
+        """Say that `node` has no value: what waited for it is combined now, not at the next `feed`."""
+        self._settle(max(node.stop, self._next))
 
     def _settle(self, start: int) -> None:
-        """Combine what can get no further operand, now that the next leaf is `start`."""
+        """Combine what can get no further operand, now that no leaf before `start` comes any more."""
+        self._next = start
         while len(self._stack) > 1:
             (a, left), (b, right) = self._stack[-2:]
             meet = _meeting(a, b)
-            if ((meet.index + 1) << meet.level) > start or (meet.index << meet.level) < self._first:
+            if meet.stop > start or meet.start < self._first:
                 return
             self._stack[-2:] = [(meet, self._combine(left, right))]
 
@@ -76,21 +112,20 @@ class TreeSum(Generic[T]):
         """Return the values of the subtrees `wanted`, in order: those that tile all that was fed and have a value."""
         stack, found = self._stack, []
         for node in wanted:
-            low, high = node.index << node.level, (node.index + 1) << node.level
-            self._stack = [(part, value) for part, value in stack if low <= part.index << part.level < high]
-            self._settle(high)
+            self._stack = [(part, value) for part, value in stack if node.start <= part.start < node.stop]
+            self._settle(node.stop)
             ((_, value),) = self._stack
             found.append(value)
-        self._stack = []
+        self._stack, self._next = [], self._first
         return found
 
     def total(self) -> T:
-        """Return the sum of all that was fed."""
+        """Return the sum of all that was fed: at least one node."""
         while len(self._stack) > 1:
             (a, left), (b, right) = self._stack[-2:]
             self._stack[-2:] = [(_meeting(a, b), self._combine(left, right))]
         ((_, value),) = self._stack
-        self._stack = []
+        self._stack, self._next = [], self._first
         return value
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from .. import events
-from ..comm.vendor import own_shared_memory, prepare
+from ..comm.vendor import own_shared_memory, prepare, under_launcher
 from ..config import build
 from ..errors import ElasticError, JobError, RankError, Retired
 from ..model import Member
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
 
+_launched = under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
 _newcomer: list[tuple[Door, Session, Member]] = []
 _ran: list[str] = []
 
@@ -198,19 +199,20 @@ def _newcomer_job() -> Job:
 def _retire(job: Job) -> None:
     from ..comm.world import finalize
 
+    session = job._session  # noqa: SLF001
     job.close()
     if job._door is not None:  # noqa: SLF001
         job._door.close()  # noqa: SLF001
-    job._session.record(job.member, "retired")  # noqa: SLF001  (the job's own other half)
+    session.record(job.member, "retired")
     finalize()
-    if not _under_launcher():
-        job._session.record(job.member, "stand-in")  # noqa: SLF001
-        _stand_in(job._session.run.path)  # noqa: SLF001
-
-
-def _under_launcher() -> bool:
-    """Tell whether a launcher started this process, rather than a shell that waits for it."""
-    return any(name in os.environ for name in ("PMI_FD", "PMI_PORT", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
+    if not _launched:
+        # A shell waits for this process, as it is the one that was started by hand.
+        if job.member.parks:
+            others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
+            _await(lambda: not any(alive(pid) for pid in others), session.config.deadline_s)
+        else:
+            session.record(job.member, "stand-in")
+            _stand_in(session.run.path)
 
 
 def _stand_in(run: Path) -> None:
@@ -226,7 +228,10 @@ def _fail(job: Job, error: BaseException) -> None:
     session = job._session  # noqa: SLF001
     rank, generation, step = job.where()
     member = job.member
-    own = not isinstance(error, JobError) or isinstance(error, RankError) is False
+    own = not isinstance(error, RankError)
+    if own and type(error).__module__.startswith("mpi4py"):
+        # MPI noticed that another rank is gone; whoever knows why writes it down, if need be its guard.
+        _await(session.run.failed, LAST_WORDS_S)
     if isinstance(error, SystemExit):
         what = f"SystemExit: the script ended itself (code {error.code!r}) inside he.run"
     else:
@@ -236,11 +241,15 @@ def _fail(job: Job, error: BaseException) -> None:
         _newcomer_failed(job, text, error)
     first = False
     if own:
-        trace = "".join(traceback.format_exception(error))
+        trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
         failure = Failure(
             error=text, traceback=trace, member=member.id, rank=rank, host=socket.gethostname(), generation=generation, step=step
         )
         first = session.run.fail(failure)
+        if first:
+            # Now, and once: a launcher that sees another rank end can end this one before its interpreter's end.
+            sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
+            sys.stderr.flush()
     known = session.run.failure()
     message = known.error if known is not None else text
     for segment in own_shared_memory():  # MPI_Finalize would remove them, but it would wait for ranks that don't come
@@ -254,8 +263,7 @@ def _fail(job: Job, error: BaseException) -> None:
         status = session.run.status()
         if status is not None:
             session.run.put_status(msgspec.structs.replace(status, state="failed", time=time.time()))
-    if not first:
-        _be_quiet()
+    _be_quiet()
     _end_without_mpi()
     raise RankError(message) from (error if first else None)
 
@@ -290,15 +298,19 @@ def _say_last_words(job: Job) -> None:
     if world is None:
         return
     here = socket.gethostname()
-    missing = {m.id: m for m in world.generation.members}
-    deadline = time.monotonic() + LAST_WORDS_S
-    while missing and time.monotonic() < deadline:
-        for number, member in list(missing.items()):
-            record = session.run.record(number)
-            gone = member.host == here and not alive(member.pid)
-            if gone or (record is not None and record.outcome == "failed"):
-                del missing[number]
-        time.sleep(0.02)
+
+    def noticed(member: Member) -> bool:
+        record = session.run.record(member.id)
+        gone = member.host == here and not alive(member.pid)
+        return gone or (record is not None and record.outcome == "failed")
+
+    _await(lambda: all(noticed(member) for member in world.generation.members), LAST_WORDS_S)
+
+
+def _await(done: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _be_quiet() -> None:

@@ -222,7 +222,8 @@ class Leader:
             self.log.write(events.Ready(member=report.member.id, host=report.member.host, stages={"spawn": arrival.spawn_s, **report.stages}))
         number = old.number + 1
         reports = [arrival.report for arrival in joining if arrival.report is not None]
-        if any(old.members[rank].parks for rank in way.leavers) and not self.office.parked:
+        if any(old.members[rank].parks for rank in way.leavers) and not self.office.told_of_parking:
+            self.office = msgspec.structs.replace(self.office, told_of_parking=True)
             self._say(
                 "ranks that the launcher started together can't be ended singly: they are put to sleep, and come back first; "
                 "start with -n 1 to avoid that"

@@ -27,6 +27,7 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     leaving: tuple[Member, ...] = ()
     parked: tuple[Parked, ...] = ()
     peak_bytes: int = 0
+    told_of_parking: bool = False
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
