@@ -1,99 +1,119 @@
 """The command `hpc-elastic`. Ranks never import this module.
 
-Exit codes: 0 done, 1 the job failed, 2 wrong usage or settings, 3 the script never called he.run, 4 no such run or not
-running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.
+Exit codes: 0 done, 1 the job failed or a needed check did, 2 wrong usage or settings, 3 the script never called he.run,
+4 no such run or not running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.
 """
+# ruff: noqa: PLC0415, D301 - each command imports what it needs, so that the others start fast; \b is click's
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator  # noqa: TC003 - Typer reads annotations
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
 
+from . import __version__, events
 from .config import build, from_environment, from_file
 from .errors import ConfigError, ElasticError, LaunchError, RunDirectoryError, ShardError
 from .model import Request
 from .rundir import RunDirectory, Status
 
-EXIT_USAGE, EXIT_NO_RUN, EXIT_REFUSED, EXIT_NO_ANSWER, EXIT_DATA = 2, 4, 5, 6, 7
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_RUN, EXIT_REFUSED, EXIT_NO_ANSWER, EXIT_DATA = 1, 2, 4, 5, 6, 7
+CODES = {ConfigError: EXIT_USAGE, LaunchError: EXIT_USAGE, RunDirectoryError: EXIT_NO_RUN, ShardError: EXIT_DATA}
 LIVE = ("starting", "running")
 STALE_S = 30.0
+LOOK_S = 0.05
 
 app = typer.Typer(
     help="Elastic MPI jobs: ranks come and go while the job runs, and the bits stay the same.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # the others fold the examples into one line
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 the job failed, 2 usage or settings, 3 script never called he.run, 4 no such run or "
-    "not running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 the job failed or a needed check did, 2 usage or settings, 3 the script never called "
+    "he.run, 4 no such run or not running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.",
 )
 
-Run = Annotated[Path, typer.Argument(help="Run directory, as `hpc-elastic run` made it.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as `hpc-elastic run` made it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for the answer, and for the end.")]
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(codes: dict[type[ElasticError], int] = CODES) -> Iterator[None]:
     """Turn the project's errors into a message and an exit code."""
     try:
         yield
     except ElasticError as error:
-        codes: dict[type[ElasticError], int] = {
-            ConfigError: EXIT_USAGE,
-            LaunchError: EXIT_USAGE,
-            RunDirectoryError: EXIT_NO_RUN,
-            ShardError: EXIT_DATA,
-        }
-        typer.echo(f"hpc-elastic: {error}", err=True)
-        raise typer.Exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1)) from None
-    except BrokenPipeError:
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED)
+        _fail(str(error), code)
+    except PermissionError as error:
+        _fail(f"{error.filename} may not be read by this user: {error.strerror}", EXIT_NO_RUN)
+    except BrokenPipeError:  # whoever reads has had enough
         os._exit(0)
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
-def run(
-    script: Annotated[str, typer.Argument(help="Script that calls he.run, or with -m a module.")],
-    arguments: Annotated[Optional[list[str]], typer.Argument(help="The script's own arguments.")] = None,  # noqa: UP045
-    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as in `python -m`.")] = False,
-    minimum: Annotated[Optional[int], typer.Option("--min", help="Fewest ranks.")] = None,  # noqa: UP045
-    maximum: Annotated[Optional[int], typer.Option("--max", help="Most ranks; by default as many as there are slots.")] = None,  # noqa: UP045
-    ranks: Annotated[Optional[int], typer.Option("-n", "--ranks", help="Ranks to have from the start on.")] = None,  # noqa: UP045
-    slots: Annotated[Optional[int], typer.Option(help="Slots of this machine; by default its cores.")] = None,  # noqa: UP045
-    policy: Annotated[Optional[str], typer.Option(help="manual, fixed or timetable.")] = None,  # noqa: UP045
-    timetable: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help='Sizes by step: "40:3,120:2-0" is 3 ranks from step 40 on, 2 from 120 on, rank 0 leaving.'),
-    ] = None,
-    microbatches: Annotated[Optional[int], typer.Option(help="Microbatches a step: fixes the bits.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the samples' order.")] = None,  # noqa: UP045
-    hold: Annotated[Optional[bool], typer.Option("--hold", help="Stand still until newcomers are there, for tests.")] = None,  # noqa: UP045
-    run_dir: Annotated[Optional[str], typer.Option(help="Run directory; by default a new one below runs/.")] = None,  # noqa: UP045
-    progress: Annotated[Optional[str], typer.Option(help="auto, plain or off.")] = None,  # noqa: UP045
-    config: Annotated[Optional[Path], typer.Option(help="TOML file of settings.")] = None,  # noqa: UP045
-    setting: Annotated[Optional[list[str]], typer.Option("--set", help="Any other setting, as NAME=VALUE.")] = None,  # noqa: UP045
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"hpc-elastic: {message}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hpc-elastic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Run SCRIPT as an elastic job.
+    pass
 
+
+@app.command(context_settings={"allow_interspersed_args": False}, no_args_is_help=True)
+def run(  # noqa: PLR0913, PLR0917 - the options that people use, each with its help
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="Script that calls he.run, or with -m a module.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENT", help="The script's own arguments.")
+    ] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as in `python -m`.")] = False,
+    minimum: Annotated[int | None, typer.Option("--min", help="Fewest ranks.")] = None,
+    maximum: Annotated[int | None, typer.Option("--max", help="Most ranks; by default as many as slots.")] = None,
+    ranks: Annotated[int | None, typer.Option("-n", "--ranks", help="Ranks to have from the start on.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Slots of this machine; by default its cores.")] = None,
+    policy: Annotated[str | None, typer.Option(help="manual, fixed or timetable.")] = None,
+    timetable: Annotated[str | None, typer.Option(help="Sizes by step, see the last example.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches a step: fixes the bits.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples' order.")] = None,
+    hold: Annotated[bool | None, typer.Option("--hold", help="Stand still until newcomers are there: tests.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Run directory; by default a new one below runs/.")] = None,
+    progress: Annotated[str | None, typer.Option(help="auto, plain or off.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")] = None,
+) -> None:
+    """Run SCRIPT as an elastic job. Options of hpc-elastic stand before SCRIPT, the script's own behind it.
+
+    \b
     Examples:
-
-        hpc-elastic run train.py --epochs 5
-
-        hpc-elastic run --max 4 --slots 4 --timetable 40:3,120:2-0 -m jobs.image.train
-
-        hpc-elastic run --config job.toml --set deadline_s=60 train.py
+      hpc-elastic run train.py --epochs 5
+      hpc-elastic run --max 4 --slots 4 -m jobs.image.train
+      hpc-elastic run --config job.toml --set deadline_s=60 train.py
+      hpc-elastic run --timetable 40:3,120:2-0 train.py    # 3 ranks from step 40 on, then 2, rank 0 leaving
     """
     from .supervisor import Supervisor
 
-    with _errors():
+    # A run directory that can't be used is a wrong setting here.
+    with _errors({**CODES, RunDirectoryError: EXIT_USAGE}):
         given: dict[str, Any] = {
             "min": minimum,
             "max": maximum,
@@ -116,7 +136,7 @@ def run(
 
 def _pair(item: str) -> tuple[str, str]:
     name, equals, value = item.partition("=")
-    if not equals:
+    if not (name and equals):
         raise ConfigError(f"--set {item}: write --set NAME=VALUE")
     return name, value
 
@@ -125,50 +145,53 @@ def _pair(item: str) -> tuple[str, str]:
 def status(run: Run, as_json: Json = False) -> None:
     """Print how a run stands.
 
+    \b
     Example:
-
-        hpc-elastic status runs/train-20300101-120000 --json
+      hpc-elastic status runs/train-20300101-120000 --json
     """
     from .progress import describe
 
     with _errors():
-        found = _status(RunDirectory(run))
+        directory = RunDirectory(run)
+        found, failure = _status(directory), directory.failure()
         if as_json:
             typer.echo(msgspec.json.encode(found).decode())
             return
-        typer.echo(f"{found.state}: {describe(found)}")
-        age = time.time() - found.time
-        if found.state in LIVE and age > STALE_S:
-            typer.echo(f"the last sign of life is {age:.0f} s old")
+        typer.echo(f"{found.state}: {describe(found)}{_silence(found)}")
         for rank, member in enumerate(found.members):
             typer.echo(f"  rank {rank}: process {member.id}, pid {member.pid} on {member.host}, slot {member.slot}")
-        failure = RunDirectory(run).failure()
         if failure is not None:
             typer.echo(f"  {failure.error}")
 
 
 def _status(run: RunDirectory) -> Status:
-    found = run.status()
+    """Return the status of `run`. A job killed from outside could not say so itself, but its guard has."""
+    found, failure = run.status(), run.failure()
     if found is None:
-        raise RunDirectoryError(f"{run.path} has no status yet: the job has not reached its first step")
-    return found
+        why = failure.error if failure else "the job has not reached its first step"
+        raise RunDirectoryError(f"{run.path} has no status yet: {why}")
+    return msgspec.structs.replace(found, state="failed") if failure else found
+
+
+def _silence(status: Status) -> str:
+    age = time.time() - status.time
+    return f"; the last sign of life is {age:.0f} s old" if status.state in LIVE and age > STALE_S else ""
 
 
 @app.command()
 def resize(
     run: Run,
-    ranks: Annotated[int, typer.Argument(help="Number of ranks to have.")],
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.")] = 30.0,
+    ranks: Annotated[int, typer.Argument(metavar="RANKS", help="Number of ranks to have.")],
+    timeout_s: Timeout = 30.0,
     wait: Annotated[bool, typer.Option("--wait", help="Return once the job has that many ranks.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ask a running job to have RANKS ranks.
 
+    \b
     Examples:
-
-        hpc-elastic resize runs/train-20300101-120000 4
-
-        hpc-elastic resize runs/train-20300101-120000 2 --wait
+      hpc-elastic resize runs/train-20300101-120000 4
+      hpc-elastic resize runs/train-20300101-120000 2 --wait --timeout 120
     """
     _ask(run, Request("resize", ranks), timeout_s, as_json, (lambda now: now.ranks == ranks) if wait else None)
 
@@ -176,15 +199,15 @@ def resize(
 @app.command()
 def stop(
     run: Run,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the answer.")] = 30.0,
+    timeout_s: Timeout = 30.0,
     wait: Annotated[bool, typer.Option("--wait", help="Return once the job has ended.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ask a running job to end at its next step.
 
+    \b
     Example:
-
-        hpc-elastic stop runs/train-20300101-120000 --wait
+      hpc-elastic stop runs/train-20300101-120000 --wait
     """
     _ask(run, Request("stop"), timeout_s, as_json, (lambda now: now.state not in LIVE) if wait else None)
 
@@ -195,93 +218,107 @@ def _ask(path: Path, request: Request, timeout_s: float, as_json: bool, done: Ca
         found = _status(run)
         if found.state not in LIVE:
             raise RunDirectoryError(f"the job in {path} is not running: it has {found.state}")
+        refused = len(_refusals(run, request))
         name = run.ask(request)
         deadline = time.monotonic() + timeout_s
-        answer = None
-        while answer is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            answer = run.answer_to(name)
-        if answer is None:
-            typer.echo(f"hpc-elastic: no answer within {timeout_s:g} s: the job may be in a long step; the request stands", err=True)
-            raise typer.Exit(EXIT_NO_ANSWER)
+        while (answer := run.answer_to(name)) is None:
+            if time.monotonic() >= deadline:
+                why = _silence(found).lstrip("; ") or "the job may be in a long step"
+                _fail(f"no answer within {timeout_s:g} s: {why}; the request stands", EXIT_NO_ANSWER)
+            time.sleep(LOOK_S)
         if as_json:
-            typer.echo(json.dumps({"accepted": answer.accepted, "text": answer.text}))
+            typer.echo(msgspec.json.encode(answer).decode())
         else:
             typer.echo(f"{'accepted' if answer.accepted else 'refused'}: {answer.text}", err=not answer.accepted)
         if not answer.accepted:
             raise typer.Exit(EXIT_REFUSED)
-        while done is not None and not done(_status(run)):
-            if time.monotonic() > deadline:
-                typer.echo(f"hpc-elastic: not done within {timeout_s:g} s", err=True)
-                raise typer.Exit(EXIT_NO_ANSWER)
-            time.sleep(0.05)
+        while done is not None and not done(now := _status(run)):
+            if now.state not in LIVE:
+                raise RunDirectoryError(f"the job in {path} has {now.state} before the resize was done")
+            if len(refusals := _refusals(run, request)) > refused:
+                _fail(f"the resize was given up: {refusals[-1]}", EXIT_REFUSED)
+            if time.monotonic() >= deadline:
+                _fail(f"not done within {timeout_s:g} s, but still under way", EXIT_NO_ANSWER)
+            time.sleep(LOOK_S)
+
+
+def _refusals(run: RunDirectory, request: Request) -> list[str]:
+    found = (event for event in events.read(run.events) if isinstance(event, events.Refused))
+    return [event.reason for event in found if event.ranks == request.ranks]
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Probe this machine: which MPI, what it can do, how many slots, and what is missing.
+    """Probe this machine: which MPI, what it can do, how many slots, and what is missing. Takes some seconds.
 
+    \b
     Example:
-
-        hpc-elastic doctor
+      hpc-elastic doctor
     """
     from .doctor import examine, table
 
     with _errors():
         checks = examine()
         if as_json:
-            typer.echo(json.dumps([msgspec.to_builtins(check) for check in checks]))
+            typer.echo(msgspec.json.encode(checks).decode())
         else:
             table(checks)
-        if any(not check.good for check in checks if check.needed):
-            raise typer.Exit(1)
+        if any(check.needed and not check.good for check in checks):
+            raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
-def pack(
-    sources: Annotated[list[Path], typer.Argument(help="An idx or idx.gz file, an npz file, or a folder of PNG/JPEG images.")],
+@app.command(no_args_is_help=True)
+def pack(  # noqa: PLR0913, PLR0917 - as above
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE", help="idx(.gz) or npz files, or a folder of PNG/JPEG images.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")],
-    labels: Annotated[Optional[Path], typer.Option(help="idx file of labels.")] = None,  # noqa: UP045
+    labels: Annotated[Path | None, typer.Option(help="Labels: an idx or npy file, or text, one number a line.")] = None,
     shards: Annotated[int, typer.Option(help="Number of shards.")] = 1,
-    size: Annotated[Optional[str], typer.Option(help="Scale images to HEIGHTxWIDTH.")] = None,  # noqa: UP045
+    size: Annotated[str | None, typer.Option(help="Scale images to HEIGHTxWIDTH.")] = None,
     gray: Annotated[bool, typer.Option("--gray", help="Make images gray.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")] = False,
 ) -> None:
-    """Make HDF5 shards from images.
+    """Make HDF5 shards from images, and print their names.
 
+    \b
     Examples:
-
-        hpc-elastic pack train-images-idx3-ubyte.gz --labels train-labels-idx1-ubyte.gz --out data/train --shards 4
-
-        hpc-elastic pack photos/ --size 224x224 --out data/photos
+      hpc-elastic pack train-images.gz --labels train-labels.gz --out data/train --shards 4
+      hpc-elastic pack photos/ --size 224x224 --out data/photos
     """
     from .pack import pack as make
     from .progress import counting
 
-    with _errors(), counting("packing") as advance:
-        made = make(sources, out, labels=labels, shards=shards, size=_size(size), gray=gray, overwrite=overwrite, progress=advance)
-    for path in made:
-        typer.echo(path)
+    with _errors():
+        scaled = _size(size)
+        with counting("packing") as show:
+            made = make(
+                sources, out, labels=labels, shards=shards, size=scaled, gray=gray, overwrite=overwrite, progress=show
+            )
+        for path in made:
+            typer.echo(path)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, x, width = text.lower().partition("x")
-    if not (x and height.isdigit() and width.isdigit() and int(height) and int(width)):
+    if not (x and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise ConfigError(f"--size {text}: write HEIGHTxWIDTH, such as 224x224")
     return int(height), int(width)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def inspect(
-    where: Annotated[list[str], typer.Argument(help="Shard files, a folder of them, or a pattern.")], as_json: Json = False
+    where: Annotated[list[str], typer.Argument(metavar="WHERE", help="Shard files, a folder of them, or a pattern.")],
+    as_json: Json = False,
 ) -> None:
     """Print what a set of shards holds.
 
-    Example:
-
-        hpc-elastic inspect data/digits-upright/train
+    \b
+    Examples:
+      hpc-elastic inspect data/digits-upright/train
+      hpc-elastic inspect 'data/*/test/*.h5' --json
     """
     from .inspect import describe, table
 
@@ -295,11 +332,11 @@ def inspect(
 
 @app.command()
 def report(run: Run, as_json: Json = False) -> None:
-    """Print what happened in a run: generations, ranks, stages, throughput.
+    """Print what happened in a run: generations, ranks, what each resize cost, pace, newcomers, refusals.
 
+    \b
     Example:
-
-        hpc-elastic report runs/train-20300101-120000
+      hpc-elastic report runs/train-20300101-120000
     """
     from .report import summarize, table
 
@@ -317,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
@@ -148,8 +150,9 @@ def read(path: Path) -> list[AnyEvent]:
 
 def _decoded(path: Path, number: int, line: bytes) -> AnyEvent:
     try:
-        return _decoder.decode(line)
+        event: AnyEvent = _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RunDirectoryError(
             f"{path} is damaged, line {number} is not an event: {error}; remove that line, the others stay readable"
         ) from error
+    return event

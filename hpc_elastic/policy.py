@@ -137,8 +137,9 @@ class Timetable:
         if seen.step < entry.step:
             return None
         reason = f"timetable: {entry}"
+        nothing = f"{reason} changes nothing: {seen.ranks} ranks, {seen.supply.offered} more can be had"
         # An entry that changes nothing is decided all the same, and refused: the next one must get its turn.
-        return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), f"{reason} changes nothing")
+        return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), nothing)
 
 
 def check(ranks: int, *, leavers: Collection[int], now: int, minimum: int, maximum: int) -> None:

@@ -58,7 +58,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "steps_planned": status.steps if status else None,
         "epochs": len(epochs),
         "unit": _unit(epochs, status),
-        "metrics": _metrics(epochs, status),
+        "metrics": dict(status.metrics if status and status.metrics else epochs[-1].metrics if epochs else {}),
         "under_way": status.under_way if status and status.state in LIVE and not failure else "",
         "generations": generations,
         "newcomers": _told(happened, events.Ready),
@@ -98,12 +98,6 @@ def _unit(epochs: Sequence[events.Epoch], status: Status | None) -> str:
     return "turns" if epochs and epochs[-1].samples == epochs[-1].step + 1 else "samples"
 
 
-def _metrics(epochs: Sequence[events.Epoch], status: Status | None) -> dict[str, float]:
-    if status is not None and status.metrics:
-        return dict(status.metrics)
-    return dict(epochs[-1].metrics) if epochs else {}
-
-
 # --- generations ------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +108,8 @@ def _generations(happened: Sequence[events.AnyEvent], status: Status | None) -> 
     for event in happened:
         if isinstance(event, events.Started):
             holds = bool(event.settings.get("hold"))
-            rows.append(_first(event))
+            row = _empty(0, 0, event.ranks, event.time)
+            rows.append({**row, "joined": list(range(event.ranks)), "reason": "start"})
         elif isinstance(event, events.Resized) and rows:
             # With hold the members did not step on while the newcomers got ready.
             idle_s = event.standstill_s + (event.wait_s if holds else 0.0)
@@ -142,11 +137,6 @@ def _reach(row: dict[str, Any], step: int, when: float) -> None:
     if new:  # what follows the last step is no part of its pace
         row["steps"] += new
         row["end"] = when
-
-
-def _first(event: events.Started) -> dict[str, Any]:
-    joined = list(range(event.ranks))
-    return {**_empty(0, 0, event.ranks, event.time), "joined": joined, "reason": "start"}
 
 
 def _resized(event: events.Resized) -> dict[str, Any]:
@@ -221,7 +211,13 @@ def _header(summary: dict[str, Any]) -> Table:
 
 def _columns(*names: str, title: str | None = None) -> Table:
     found = Table(
-        title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for name in names:
         found.add_column(name, no_wrap=name != "why", overflow="fold")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from ..model import Lease, Supply
 from .slots import Slots
 
-MEMORY_EVERY_S = 1.0
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READ_EVERY_S = 1.0
 RESERVE = 0.1  # part of the free memory that is left alone
 
 
@@ -28,17 +32,17 @@ class Machine:
 
 def read_machine(root: Path = Path("/")) -> Machine:
     """Return this machine's figures; `root` is where ``sys``, ``proc`` and ``dev`` are."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _core_quota(root)
-    if quota is not None:
-        cores = max(1, min(cores, int(quota)))
-    free = psutil.virtual_memory().available
-    room = _memory_room(root)
-    return Machine(cores, free if room is None else min(free, room), _gpus(root))
+    groups = _cgroups(root)
+    cores = min([len(os.sched_getaffinity(0)), *_core_quotas(groups)])
+    free = min([psutil.virtual_memory().available, *_memory_rooms(groups)])
+    return Machine(max(1, int(cores)), free, _gpus(root))
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """Return this process's cgroup directories, v2 and v1, innermost first up to the top."""
+    """Return this process's cgroup directories, v2 and v1, with those above them: every level has its limits.
+
+    In a container, the paths in ``/proc/self/cgroup`` may be the host's; then only the top is there, and the right one.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -46,61 +50,93 @@ def _cgroups(root: Path) -> list[Path]:
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        for controller in controllers.split(",") if controllers else [""]:
-            top = root / "sys/fs/cgroup" / controller
-            here = top / path.lstrip("/")
-            found += [here, *(parent for parent in here.parents if parent == top or top in parent.parents)]
+        for controller in {"", "cpu", "memory"}.intersection(controllers.split(",")):  # v2 names none
+            top, parts = root / "sys/fs/cgroup" / controller, Path(path.lstrip("/")).parts
+            found += [top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
     return found
 
 
-def _number(file: Path) -> int | None:
+def _numbers(file: Path) -> list[int]:
+    """Return the numbers on the first line of `file`; none if there is no such file, or it says "max"."""
     try:
-        return int(file.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None  # no such limit, or "max"
+        return [int(word) for word in file.read_text().split("\n", 1)[0].split()]
+    except (OSError, ValueError):
+        return []
 
 
-def _core_quota(root: Path) -> float | None:
-    quotas = []
-    for group in _cgroups(root):
-        try:
-            quota, period = (group / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            quota, period = str(_number(group / "cpu.cfs_quota_us")), str(_number(group / "cpu.cfs_period_us"))
-        if quota.isdigit() and period.isdigit():
-            quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
+def _core_quotas(groups: list[Path]) -> list[float]:
+    found = []
+    for group in groups:
+        v2 = _numbers(group / "cpu.max")
+        v1 = _numbers(group / "cpu.cfs_quota_us") + _numbers(group / "cpu.cfs_period_us")
+        found += [both[0] / both[1] for both in (v2, v1) if len(both) == 2 and min(both) > 0]  # noqa: PLR2004
+    return found
 
 
-def _memory_room(root: Path) -> int | None:
-    rooms = []
-    for group in _cgroups(root):
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            most, used = _number(group / limit), _number(group / usage)
-            if most is not None and used is not None:
-                rooms.append(max(0, most - used))
-    return min(rooms, default=None)
+def _memory_rooms(groups: list[Path]) -> list[int]:
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    found = []
+    for group, (limit, usage, cache) in itertools.product(groups, (v2, v1)):
+        most, used = _numbers(group / limit), _numbers(group / usage)
+        if most and used:
+            found.append(max(0, most[0] - used[0] + _cached(group / "memory.stat", cache)))
+    return found
+
+
+def _cached(stat: Path, name: str) -> int:
+    """Return the bytes of file pages that the kernel drops when memory is asked for: reading shards fills a cgroup."""
+    try:
+        fields = dict(line.split() for line in stat.read_text().splitlines())
+        return int(fields.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def _gpus(root: Path) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in (root / "dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    if visible is None:
+        return sum(path.name[6:].isdigit() for path in (root / "dev").glob("nvidia[0-9]*"))
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA sees the devices before the first that does not exist; launchers write "-1" or "NoDevFiles" for none.
+    return len(list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names)))
 
 
-def room(
-    machine: Machine, held: int, *, slots: int | None, cores_per_rank: int, gpus_per_rank: int, peak_bytes: int
-) -> tuple[int, str]:
-    """Return how many more ranks fit beside the `held` ones, and what limits that. Pure."""
-    total = slots if slots is not None else machine.cores // cores_per_rank
-    named = f"{total} slots" if slots is not None else f"{machine.cores} cores, {cores_per_rank} a rank"
-    limits = [(total - held, f"{named}, {held} in use")]
-    if gpus_per_rank:
-        limits.append((machine.gpus // gpus_per_rank - held, f"{machine.gpus} GPUs, {gpus_per_rank} a rank, {held} ranks"))
-    fits = int(machine.free_bytes * (1 - RESERVE)) // max(peak_bytes, 1)
-    limits.append((fits, f"{machine.free_bytes >> 20} MiB free, a rank takes {peak_bytes >> 20} MiB"))
-    offered, why = min(limits, key=lambda limit: limit[0])
+@dataclass(frozen=True)
+class Slot:
+    """What one rank takes: cores, GPUs, and the number of slots to assume, if cores are not to be counted."""
+
+    cores: int = 1
+    gpus: int = 0
+    slots: int | None = None
+
+
+def room(machine: Machine, slot: Slot, held: int, peak_bytes: int, unseen: int = 0) -> tuple[int, str]:
+    """Return how many more ranks fit, and what limits that. Pure.
+
+    Parameters
+    ----------
+    machine : Machine
+        What there is.
+    slot : Slot
+        What a rank takes.
+    held : int
+        Leases held.
+    peak_bytes : int
+        Most memory that a rank has taken so far.
+    unseen : int
+        Leases among those held whose memory was not yet taken when the machine was read.
+    """
+    if slot.slots is not None:
+        total, named = slot.slots, f"{slot.slots} slots"
+    else:
+        total = machine.cores // slot.cores
+        named = f"{machine.cores} cores" + (f", {slot.cores} a rank" if slot.cores > 1 else "")
+    offered, why = total - held, f"{named}, {held} in use"
+    if slot.gpus and (fits := machine.gpus // slot.gpus - held) < offered:
+        offered, why = fits, f"{machine.gpus} GPUs, {slot.gpus} a rank, {held} ranks"
+    if (fits := int(machine.free_bytes * (1 - RESERVE)) // max(peak_bytes, 1) - unseen) < offered:
+        offered, why = fits, f"{machine.free_bytes >> 20} MiB free, a rank takes {peak_bytes >> 20} MiB"
     return max(0, offered), why
 
 
@@ -121,7 +157,7 @@ class LocalBroker:
         Seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # settings, all of them named
         self,
         slots: int | None = None,
         *,
@@ -131,29 +167,32 @@ class LocalBroker:
         read: Callable[[], Machine] = read_machine,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = {"slots": slots, "cores_per_rank": cores_per_rank, "gpus_per_rank": gpus_per_rank}
+        self._slot = Slot(cores_per_rank, gpus_per_rank, slots)
         self._slots = Slots(leases)
         self._read = read
         self._clock = clock
         self._machine = read()
         self._read_at = clock()
-        self._offered = 0
+        self._peak_bytes = 0
+        self._unseen = 0
 
-    def poll(self, step: int, time_s: float, peak_bytes: int) -> Supply:
-        """Return the supply; the machine's figures are read anew once a second at most."""
-        if self._clock() - self._read_at >= MEMORY_EVERY_S:
-            self._machine = self._read()
-            self._read_at = self._clock()
-        held = self._slots.leases
-        self._offered, why = room(self._machine, len(held), peak_bytes=peak_bytes, **self._limits)  # type: ignore[arg-type]
-        return Supply(self._offered, held, (), why)
+    def _room(self) -> tuple[int, str]:
+        return room(self._machine, self._slot, len(self._slots.leases), self._peak_bytes, self._unseen)
 
-    def request(self, n: int, deadline_s: float) -> None:
-        """Grant `n` slots, as far as the last poll offered them."""
+    def poll(self, step: int, time_s: float, peak_bytes: int) -> Supply:  # noqa: ARG002
+        """Return the supply; the machine's figures are read anew once in `READ_EVERY_S` at most."""
+        now = self._clock()
+        if now - self._read_at >= READ_EVERY_S:
+            self._machine, self._read_at, self._unseen = self._read(), now, 0
+        self._peak_bytes = peak_bytes
+        offered, why = self._room()
+        return Supply(offered, self._slots.leases, (), why)
+
+    def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
+        """Grant `n` slots at once, as far as there is room."""
         before = len(self._slots.leases)
-        self._slots.grant(n, self._offered)
-        granted = len(self._slots.leases) - before
-        self._offered -= granted
+        self._slots.grant(n, self._room()[0])
+        self._unseen += len(self._slots.leases) - before
 
     def release(self, leases: tuple[Lease, ...]) -> None:
         """Take `leases` back."""

@@ -59,8 +59,8 @@ def present(nodes: Collection[Node], empty: Collection[int], leaves: int) -> lis
 class TreeSum(Generic[T]):
     """Combines values along the tree, each two as soon as both are there.
 
-    It serves a rank for its own leaves (`subtrees`) and everybody for the subtrees of all ranks (`total`). It keeps about
-    one value a level, not one a leaf.
+    It serves a rank for its own leaves (`subtrees`) and everybody for the subtrees of all ranks (`total`). It keeps
+    about one value a level, not one a leaf.
 
     Parameters
     ----------
