@@ -90,7 +90,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             value = getattr(self, "max_ranks" if name == "max" else name)
             if value < 0:
                 raise ConfigError(f"{name} = {value}: must not be negative")
-        if self.deadline_s <= 0:
+        if not self.deadline_s > 0:  # NaN is not, either
             raise ConfigError(f"deadline_s = {self.deadline_s}: must be positive")
         if self.max_ranks and self.min_ranks > self.max_ranks:
             raise ConfigError(f"min = {self.min_ranks} is more than max = {self.max_ranks}: lower min or raise max")
@@ -118,7 +118,7 @@ def from_file(path: Path) -> dict[str, Any]:
             settings = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"configuration {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is not valid TOML: {error}") from error
     _known(settings, str(path))
     return settings
@@ -139,7 +139,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def _known(settings: Mapping[str, Any], where: str) -> None:
     for key in settings:
         if key not in names():
-            near = difflib.get_close_matches(key, names(), n=1)
+            near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(key, names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names())}"
             raise ConfigError(f"unknown setting {key!r} in {where}{hint}")
 

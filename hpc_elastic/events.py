@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping  # noqa: TC003  # msgspec needs it
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from .errors import RunDirectoryError
+from .model import numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +92,10 @@ class Epoch(Event, frozen=True, kw_only=True):
     ranks: int
     samples: int
     seconds: float
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | None]
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "metrics", numbers(self.metrics))
 
 
 class Failed(Event, frozen=True, kw_only=True):

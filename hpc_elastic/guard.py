@@ -1,10 +1,10 @@
 """Guard: starts one rank as its child and outlives it. Run by path, with ``python -S -E``; imports nothing of the package.
 
-    python -S -E guard.py RUN MEMBER COMMAND...
+    python -S -E guard.py RUN MEMBER [NAME=VALUE...] COMMAND...
 
 MPICH's launcher ends the whole job when a process that it started is gone without closing its PMI session. It starts this
 guard instead, and the guard closes the session in the place of a rank that died. The death is written to the run directory,
-where the other ranks see it. RUN may be ``-`` when there is none yet, and is then taken from HPC_ELASTIC_RUN.
+where the other ranks see it. NAME=VALUE sets variables of the rank's environment, as in env(1).
 """
 
 import os
@@ -46,8 +46,9 @@ def record_death(run, member, pid, how):
 
 def main():
     run, member, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    if run == "-":
-        run = os.environ.get("HPC_ELASTIC_RUN", "")
+    while "=" in command[0]:
+        name, value = command.pop(0).split("=", 1)
+        os.environ[name] = value
     pid = os.fork()
     if pid == 0:
         try:
@@ -60,9 +61,8 @@ def main():
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code != 0:
-        if run:
-            how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-            record_death(run, member, pid, how)
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        record_death(run, member, pid, how)
         close_pmi_session()
     os._exit(code if code >= 0 else 128 - code)
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return `metrics` as they were before they went through JSON, which writes null for NaN and infinity."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 class Member(msgspec.Struct, frozen=True):

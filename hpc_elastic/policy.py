@@ -124,7 +124,7 @@ class Timetable:
     @classmethod
     def parse(cls, text: str) -> Timetable:
         """Return the timetable that `text` writes, such as ``"20:3,40:2-0,60:3-1+2"``; `ConfigError` if it is none."""
-        return cls(tuple(Entry.parse(part.strip()) for part in text.split(",")))
+        return cls(tuple(Entry.parse(part.strip(" ")) for part in text.split(",")))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.entries))

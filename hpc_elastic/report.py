@@ -182,8 +182,10 @@ def table(summary: dict[str, Any]) -> None:
         console.print(_newcomer_table(summary["newcomers"]))
     for refusal in summary["refusals"]:
         console.print(f"refused at step {refusal['step']}: {refusal['ranks']} ranks: {refusal['reason']}")
+    reasons = tuple(refusal["reason"] for refusal in summary["refusals"])
     for notice in summary["notices"]:
-        console.print(f"notice: {notice['text']}")
+        if not notice["text"].endswith(reasons):
+            console.print(f"notice: {notice['text']}")
     if summary["failure"]:
         console.print(f"failed: {summary['failure']['error']}")
         console.print(summary["failure"]["traceback"].rstrip(), end="\n" if summary["failure"]["traceback"] else "")
@@ -225,10 +227,11 @@ def _columns(*names: str, title: str | None = None) -> Table:
 
 
 def _generation_table(generations: list[dict[str, Any]], unit: str) -> Table:
+    known = any(row["samples_per_s"] for row in generations)
+    pace, unit = ("samples_per_s", unit) if known else ("steps_per_s", "turns" if unit == "turns" else "steps")
     found = _columns("gen", "steps", "ranks", "who", "standstill", "ready in", f"{unit}/s", "why")
     for row in generations:
         who = [f"+{member}" for member in row["joined"]] + [f"-{member}" for member in row["left"]]
-        rate, per_s = row["samples_per_s" if unit == "samples" else "steps_per_s"], row["steps_per_s"]
         found.add_row(
             str(row["number"]),
             f"{row['from_step']}-{row['to_step']}",
@@ -236,7 +239,7 @@ def _generation_table(generations: list[dict[str, Any]], unit: str) -> Table:
             " ".join(who),
             f"{row['standstill_s'] * 1000:.1f} ms" if row["stages"] else "",
             f"{row['wait_s']:.2f} s" if row["stages"] and row["joined"] else "",
-            f"{rate:,.0f}" if rate is not None else f"({per_s:,.1f} steps/s)" if per_s is not None else "",
+            f"{row[pace]:,.0f}" if row[pace] is not None else "",
             Text(row["reason"]),
         )
     return found

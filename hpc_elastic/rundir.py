@@ -16,13 +16,14 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping  # noqa: TC003  # msgspec needs it
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from .errors import RunDirectoryError
-from .model import Member, Request
+from .model import Member, Request, numbers
 
 T = TypeVar("T")
 
@@ -46,9 +47,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     samples_per_s: float = 0.0
     unit: str = "samples"
-    metrics: dict[str, float] = {}
+    metrics: Mapping[str, float | None] = {}
     under_way: str = ""
     peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "metrics", numbers(self.metrics))
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,11 +139,14 @@ class RunDirectory:
 
     def put(self, path: Path, value: msgspec.Struct) -> None:
         """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
+        self._put_beside(path, value).rename(path)
+
+    def _put_beside(self, path: Path, value: msgspec.Struct) -> Path:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(msgspec.json.encode(value))
-        beside.rename(path)
+        return beside
 
     def get(self, path: Path, kind: type[T]) -> T | None:
         """Return the value in `path`, or None if there is no such file."""
@@ -147,7 +154,7 @@ class RunDirectory:
             return msgspec.json.decode(path.read_bytes(), type=kind)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{path} is damaged: {error}") from error
 
     def put_status(self, status: Status) -> None:
@@ -175,8 +182,7 @@ class RunDirectory:
 
     def fail(self, failure: Failure) -> bool:
         """Record why the job failed; False if another rank was first."""
-        beside = self._failure.with_name(f".failure.{secrets.token_hex(4)}")
-        beside.write_bytes(msgspec.json.encode(failure))
+        beside = self._put_beside(self._failure, failure)
         try:
             os.link(beside, self._failure)
         except FileExistsError:

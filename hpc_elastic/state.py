@@ -52,8 +52,20 @@ class ArrayState:
         return {"array": self._array}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Copy the array received over the own one."""
-        np.copyto(self._array, state["array"])
+        """Copy the array received over the own one.
+
+        Raises
+        ------
+        ConfigError
+            If it is of another shape or dtype.
+        """
+        other = state["array"]
+        if (other.shape, other.dtype) != (self._array.shape, self._array.dtype):
+            raise ConfigError(
+                f"received an array {other.shape} {other.dtype}, but {self._array.shape} {self._array.dtype} is registered "
+                "here: newcomers must register arrays like those of the members"
+            )
+        np.copyto(self._array, other)
 
 
 class DictState:
@@ -70,7 +82,8 @@ class DictState:
         """Take the items received."""
         for key, value in state.items():
             own = self._values.get(key)
-            if isinstance(own, np.ndarray) and isinstance(value, np.ndarray) and own.shape == value.shape:
+            same = isinstance(own, np.ndarray) and isinstance(value, np.ndarray)
+            if same and (own.shape, own.dtype) == (value.shape, value.dtype):
                 np.copyto(own, value)
             else:
                 self._values[key] = value.copy() if isinstance(value, np.ndarray) else value
@@ -120,11 +133,16 @@ class Registry:
         for owner, thing in self._owners.items():
             for key, value in thing.state().items():
                 if isinstance(value, np.ndarray):
+                    if value.dtype.hasobject or np.dtype(value.dtype.str) != value.dtype:
+                        raise ConfigError(
+                            f"register({owner}=…): {key!r} is an array of {value.dtype}, which can't be sent to newcomers: "
+                            "give arrays of plain numbers or texts, one for each field"
+                        )
                     arrays.append(np.ascontiguousarray(value))
                     entries.append(Entry(owner, key, value.dtype.str, value.shape))
                 else:
                     entries.append(Entry(owner, key, value=value))
-        header = msgspec.msgpack.encode(entries)
+        header = _encoded(self.names(), entries)
         channel.tell(header)
         small = [_bytes(array) for array in arrays if array.nbytes < SMALL_BYTES]
         packed = np.concatenate(small) if small else np.empty(0, np.uint8)
@@ -137,7 +155,10 @@ class Registry:
 
     def receive(self, channel: Channel) -> None:
         """Receive all states and load them."""
-        entries = msgspec.msgpack.decode(channel.tell(None), type=list[Entry])
+        names, entries = msgspec.msgpack.decode(channel.tell(None), type=tuple[list[str], list[Entry]])
+        if set(names) != set(self._owners):
+            theirs, ours = ", ".join(names) or "nothing", ", ".join(self._owners) or "nothing"
+            raise MembershipError(f"received the state of {theirs}, but this rank registered {ours}")
         packed = np.empty(sum(e.nbytes for e in entries if e.nbytes < SMALL_BYTES), np.uint8)
         if packed.nbytes:
             channel.fill(packed)
@@ -151,11 +172,24 @@ class Registry:
             elif entry.dtype:
                 value = np.empty(entry.shape, entry.dtype)
                 channel.fill(value)
-            if entry.owner not in states:
-                raise MembershipError(f"received the state of {entry.owner!r}, which this rank did not register")
             states[entry.owner][entry.key] = value
         for name, thing in self._owners.items():
             thing.load(states[name])
+
+
+def _encoded(names: list[str], entries: list[Entry]) -> bytes:
+    try:
+        return msgspec.msgpack.encode((names, entries))
+    except (TypeError, ValueError, OverflowError):
+        for entry in entries:
+            try:
+                msgspec.msgpack.encode(entry)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConfigError(
+                    f"register({entry.owner}=…): {entry.key!r} can't be sent to newcomers ({error}): "
+                    "give NumPy arrays, None, bool, int, float or str"
+                ) from error
+        raise
 
 
 def _bytes(array: Array) -> Array:

@@ -1,40 +1,47 @@
-"""What a newcomer runs: initialise MPI, receive the options, then run the user's script."""
+"""What a newcomer runs: initialise MPI first of all, receive the options, then run the user's script."""
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import runpy
-import signal
-import socket
-import sys
 import time
-import traceback
-from pathlib import Path
+
+BEGUN = time.perf_counter()
+
+import mpi4py  # noqa: E402
+
+mpi4py.rc.finalize = False
+from mpi4py import MPI  # noqa: E402, F401  (before anything else: the leader's spawn lasts until this is done)
+
+INIT_S = time.perf_counter() - BEGUN
+
+import faulthandler  # noqa: E402
+import os  # noqa: E402
+import runpy  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from .comm.arrival import Door, Report  # noqa: E402
+from .comm.waiting import Watch  # noqa: E402
+from .comm.world import finalize  # noqa: E402
+from .errors import Retired  # noqa: E402
+from .model import Member  # noqa: E402
+from .rundir import RunDirectory  # noqa: E402
+from .runtime.launch import be_newcomer, has_run, retire_on_sigterm, turn_back  # noqa: E402
+from .runtime.session import Script, Session, unpacked  # noqa: E402
 
 
 def main() -> None:
     """Be a newcomer."""
-    from .runtime.launch import be_newcomer, has_run, import_mpi, retire_on_sigterm, turn_back
-
-    begun = time.perf_counter()
     faulthandler.register(signal.SIGQUIT)
-    import_mpi()
-    from .comm.arrival import Door, Report
-    from .comm.waiting import Watch
-    from .comm.world import finalize
-    from .errors import Retired
-    from .model import Member
-    from .rundir import RunDirectory
-    from .runtime.session import Script, Session, unpacked
-
     door = Door.spawned()
     if door is None:
         sys.exit("hpc_elastic.worker is started by the job itself, not by hand")
     retire_on_sigterm()
     options = door.options()
     member = Member(id=options.member, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
-    door.report(Report(member=member, stages={"init": time.perf_counter() - begun}))
+    door.report(Report(member=member, stages={"init": INIT_S}))
     script = Script(options.argv, options.module, options.path, options.directory)
     session = Session(unpacked(options.settings), RunDirectory(Path(options.run_dir)), script, options.started)
     door.watch(Watch(session.check))

@@ -17,7 +17,7 @@ from .slots import Slots
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-READ_EVERY_S = 1.0
+MEMORY_EVERY_S = 1.0
 RESERVE = 0.1  # part of the free memory that is left alone
 
 
@@ -180,9 +180,9 @@ class LocalBroker:
         return room(self._machine, self._slot, len(self._slots.leases), self._peak_bytes, self._unseen)
 
     def poll(self, step: int, time_s: float, peak_bytes: int) -> Supply:  # noqa: ARG002
-        """Return the supply; the machine's figures are read anew once in `READ_EVERY_S` at most."""
+        """Return the supply; the machine's figures are read anew once in `MEMORY_EVERY_S` at most."""
         now = self._clock()
-        if now - self._read_at >= READ_EVERY_S:
+        if now - self._read_at >= MEMORY_EVERY_S:
             self._machine, self._read_at, self._unseen = self._read(), now, 0
         self._peak_bytes = peak_bytes
         offered, why = self._room()

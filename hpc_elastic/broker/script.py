@@ -46,9 +46,9 @@ class ScriptBroker:
         """Return the broker for a timetable such as ``"0:1,20:3,40:2"``; `ConfigError` if it can't be read."""
         entries = []
         for part in text.split(","):
-            match = ENTRY.fullmatch(part.strip())
+            match = ENTRY.fullmatch(part.strip(" "))
             if match is None:
-                raise ConfigError(f"supply: {part.strip()!r} is not STEP:SLOTS, as in {EXAMPLE}")
+                raise ConfigError(f"supply: {part.strip(' ')!r} is not STEP:SLOTS, as in {EXAMPLE}")
             entries.append((int(match["step"]), int(match["slots"])))
         return cls(entries, leases)
 

@@ -7,6 +7,7 @@ newcomers there are.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Arrivals:
     def __init__(self, arrivals: list[Arrival], vendor: Vendor, clock: Callable[[], float]) -> None:
         self.all = arrivals
         self._clock = clock
+        self._environment = [f"{key}={os.environ[key]}" for key in vendor.environment if key in os.environ]
         self._party: Party | None = None
         self._pairs: list[MPI.Intracomm] = []
         self._gathering: threading.Thread | None = None
@@ -115,7 +117,7 @@ class Arrivals:
             options = arrival.options
             try:
                 # -S -E: neither site-packages nor the environment's Python settings, so that the guard is there at once.
-                guard = ["-S", "-E", str(GUARD), options.run_dir, str(options.member)]
+                guard = ["-S", "-E", str(GUARD), options.run_dir, str(options.member), *self._environment]
                 worker = [sys.executable, "-m", "hpc_elastic.worker"]
                 # Nothing collective here: MPICH mixes up the messages of two merges at a time.
                 line = MPI.COMM_SELF.Spawn(sys.executable, [*guard, *worker], maxprocs=1)

@@ -85,7 +85,8 @@ class World:
 
     def open_user(self) -> None:
         """Make the user's communicator. Collective."""
-        self._user = self.comm.Dup()
+        self._user, request = self.comm.Idup()
+        self.watch.request(request)
 
     @property
     def user(self) -> MPI.Intracomm:
@@ -166,6 +167,7 @@ class World:
 
     def split(self, leavers: Sequence[int]) -> World | None:
         """Part from the ranks `leavers`; they get None. Collective; both worlds stay open."""
+        self.barrier()  # ranks that come early wait here, where they don't spin
         leaves = self.rank in leavers
         kept = self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
         if leaves:

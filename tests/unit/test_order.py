@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hpc_elastic.errors import StepError
 from hpc_elastic.reduce.order import Node, TreeSum, present, roots
 
 quick = settings(deadline=None, max_examples=200)
@@ -168,3 +169,32 @@ def test_a_tree_can_be_used_again():
         for leaf in range(3):
             tree.feed(Node(0, leaf), leaf)
         assert tree.subtrees(roots(0, 3, 4)) == [(0, 1), 2]
+
+
+@quick
+@given(spreads())
+def test_missing_leaves_may_be_told_of(case):
+    total, there, _ = case
+    tree = TreeSum(pair)
+    for leaf in range(total):
+        if leaf in there:
+            tree.feed(Node(0, leaf), leaf)
+        else:
+            tree.skip(Node(0, leaf))
+    assert tree.total() == reference([i if i in there else None for i in range(total)])
+
+
+@pytest.mark.parametrize("second", [Node(0, 2), Node(0, 3), Node(1, 1), Node(2, 0)])
+def test_leaves_come_in_their_order(second):
+    tree = TreeSum(pair)
+    tree.feed(Node(0, 3), 3)
+    with pytest.raises(StepError, match=r"microbatch \d was added after 3"):
+        tree.feed(second, 2)
+
+
+def test_siblings_do_not_wait_for_the_next_leaf():
+    """Each value kept is a set of gradients: there is never one more than there are whole subtrees."""
+    tree = TreeSum(pair)
+    for leaf in range(64):
+        tree.feed(Node(0, leaf), leaf)
+        assert len(tree._stack) == (leaf + 1).bit_count()

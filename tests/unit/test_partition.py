@@ -141,3 +141,19 @@ def test_moves_carry_an_array_over():
     for rank in range(4):
         rows = slice(*new.range_of(rank))
         assert parts[rank][rows].tolist() == data[rows].tolist()
+
+
+@given(st.integers(0, 30), st.permutations(range(7)), st.integers(0, 6))
+def test_neighbours_hold_the_rows_next_to_the_own(rows, owners, rank):
+    layout = Layout(rows, tuple(owners))
+    held = holder(layout)
+    before, after = layout.neighbours(rank)
+    if rank not in held:
+        assert (before, after) == (None, None)
+        return
+    start, stop = layout.range_of(rank)
+    assert before == (held[start - 1] if start else None)
+    assert after == (held[stop] if stop < rows else None)
+    for other, back in ((before, 1), (after, 0)):
+        if other is not None:
+            assert layout.neighbours(other)[back] == rank

@@ -23,7 +23,7 @@ def observations(draw):
     low = draw(st.integers(1, 6))
     high = draw(st.integers(low, 10))
     return seen(
-        draw(st.integers(low, high)),
+        draw(st.integers(1, 10)),
         step=draw(st.integers(0, 50)),
         low=low,
         high=high,
@@ -69,16 +69,22 @@ def test_a_timetable_by_hand():
         ("20:3-", "'20:3-' is not"),
         ("20:3-1,2", "'2' is not"),
         ("20:3-1-2", "'20:3-1-2' is not"),
-        ("20:3\n", "is not STEP:RANKS"),
+        ("²:3", "'²:3' is not"),
+        ("٢:3", "'٢:3' is not"),
         ("20:0", "'20:0' asks for 0 ranks"),
         ("20:3-1+1", "names a leaver twice"),
-        ("20:3,20:4", "step 20 comes after step 20"),
-        ("20:3,10:4", "step 10 comes after step 20"),
+        ("20:3,20:4", "'20:4' stands after '20:3'; steps must increase"),
+        ("20:3,30:3,10:4", "'10:4' stands after '30:3'"),
     ],
 )
 def test_a_timetable_that_makes_no_sense(text, message):
     with pytest.raises(ConfigError, match="timetable: .*" + message):
         Timetable.parse(text)
+
+
+def test_a_timetable_needs_entries():
+    with pytest.raises(ConfigError, match="no entries"):
+        Timetable(())
 
 
 # --- decisions ------------------------------------------------------------------------------------------------------------
@@ -89,22 +95,24 @@ def test_decisions_keep_to_limits_and_supply(now, policy):
     resize = policy.decide(now)
     if resize is None:
         return
-    assert resize.ranks >= 1
-    assert resize.ranks <= max(now.max_ranks, now.ranks)
-    assert resize.ranks <= now.ranks + now.supply.offered
-    if not now.supply.revoked:
-        assert resize.ranks >= min(now.min_ranks, now.ranks)
-    assert all(0 <= rank < now.ranks for rank in resize.leavers)
     assert resize.reason
+    if resize.ranks == now.ranks and not resize.leavers:
+        assert isinstance(policy, Timetable), "only a timetable says that nothing changes"
+        assert "changes nothing" in resize.reason
+        return
+    assert 1 <= now.min_ranks <= resize.ranks <= now.max_ranks
+    assert all(0 <= rank < now.ranks for rank in resize.leavers)
+    assert newcomers(now.ranks, resize) <= now.supply.offered
 
 
 @given(observations(), policies)
 def test_what_is_taken_back_comes_first(now, policy):
     revoked = len(now.supply.revoked)
     back = give_back(now)
-    if revoked and now.ranks > 1:
+    least = min(max(1, now.min_ranks, now.ranks - revoked), now.max_ranks)
+    if revoked and least < now.ranks:
         assert back is not None
-        assert back.ranks == max(1, now.ranks - revoked)
+        assert back.ranks == least
         assert back.leavers == ()
         assert f"takes back {revoked} slot" in back.reason
         assert policy.decide(now) == back
@@ -139,12 +147,49 @@ def test_bounded(now, wanted, ranks):
 def test_what_limits_is_said():
     resize = bounded(seen(2, offered=1, why="3 cores"), 4, "because")
     assert resize is not None
-    assert resize.reason == "because; 3 instead of 4: 3 cores"
+    assert resize.reason.startswith("because; 3 instead of 4: ")
+    assert "3 cores" in resize.reason
+    for now, wanted, limit in ((seen(2, high=3, why="3 cores"), 4, "max 3"), (seen(4, low=2, why="3 cores"), 1, "min 2")):
+        resize = bounded(now, wanted, "because")
+        assert resize is not None
+        assert limit in resize.reason
+        assert "cores" not in resize.reason
 
 
 def test_leavers_are_replaced():
-    resize = bounded(seen(3), 3, "because", (1,))
-    assert resize == Resize(3, (1,), "because")
+    assert bounded(seen(3), 3, "because", (1,)) == Resize(3, (1,), "because")
+    assert bounded(seen(3), 3, "because", (1, 7)) == Resize(3, (1,), "because")
+
+
+@pytest.mark.parametrize(
+    ("now", "wanted", "leavers", "ranks", "left"),
+    [
+        (seen(3, offered=0), 3, (1,), 2, (1,)),  # no slot for a replacement
+        (seen(3, offered=1), 3, (0, 1), 2, (0, 1)),
+        (seen(3, offered=1), 4, (0,), 3, (0,)),
+        (seen(3, offered=0, low=3), 3, (1,), None, ()),  # it would get too small
+        (seen(3, offered=1, low=3), 3, (0, 1), 3, (0,)),
+        (seen(3, offered=0), 2, (0,), 2, (0,)),  # no replacement needed
+    ],
+)
+def test_replacements_take_from_the_offer(now, wanted, leavers, ranks, left):
+    resize = bounded(now, wanted, "because", leavers)
+    if ranks is None:
+        assert resize is None
+    else:
+        assert resize is not None
+        assert (resize.ranks, resize.leavers) == (ranks, left)
+
+
+@given(observations(), st.integers(1, 12), st.lists(st.integers(0, 9), unique=True, max_size=4).map(tuple))
+def test_bounded_comes_as_near_as_it_can(now, wanted, leavers):
+    resize = bounded(now, wanted, "because", leavers)
+    possible = [n for n in range(now.min_ranks, now.max_ranks + 1) if n <= now.ranks + now.supply.offered]
+    if not leavers:
+        nearest = min(possible, key=lambda n: abs(n - wanted), default=now.ranks)
+        assert (resize.ranks if resize else now.ranks) == nearest
+    if resize:
+        assert set(resize.leavers) <= set(leavers)
 
 
 def test_manual_does_what_is_asked():
@@ -175,7 +220,7 @@ def test_a_timetable_is_decided_in_order(timetable, ranks):
             assert step >= entry.step
             assert resize.ranks == entry.ranks
             assert resize.leavers == tuple(rank for rank in entry.leavers if rank < ranks)
-            assert f"timetable: {entry}" in resize.reason
+            assert resize.reason.startswith(f"timetable: {entry}")
             decided += 1
         due = sum(entry.step <= step for entry in timetable.entries)
         assert decided == due
@@ -190,8 +235,11 @@ def test_entries_that_were_missed_come_one_by_one():
 
 
 def test_an_entry_without_effect_is_decided_all_the_same():
-    assert Timetable.parse("1:2").decide(seen(2, step=1)) == Resize(2, (), "timetable: 1:2")
-    assert Timetable.parse("1:4").decide(seen(2, step=1, offered=0)) == Resize(2, (), "timetable: 1:4")
+    for text, offered in (("1:2", 8), ("1:4", 0)):
+        resize = Timetable.parse(text).decide(seen(2, step=1, offered=offered))
+        assert resize is not None
+        assert (resize.ranks, resize.leavers) == (2, ())
+        assert f"timetable: {text} changes nothing" in resize.reason
 
 
 # --- what a resize means --------------------------------------------------------------------------------------------------
@@ -239,7 +287,8 @@ def test_leaving_by_hand(size, resize, gone, new):
         (7, (), "7 ranks asked for, but max = 6"),
         (3, (4,), "rank 4 should leave, but there are only ranks 0 to 3"),
         (3, (-1,), "rank -1 should leave"),
-        (4, (), "there are 4 ranks already"),
+        (3, (0, 1, 0), "one of them twice: 0, 1, 0"),
+        (4, (), "already at 4 ranks"),
     ],
 )
 def test_what_is_refused_and_why(ranks, leavers, message):

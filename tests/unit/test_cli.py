@@ -1,0 +1,464 @@
+"""The command line: what it makes of good and of bad input; each kind of trouble has a message and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import hpc_elastic
+from hpc_elastic import cli, doctor, events
+from hpc_elastic.doctor import Check
+from hpc_elastic.model import Member
+from hpc_elastic.rundir import Answer, Failure, RunDirectory, Status
+from hpc_elastic.shards import write_shard
+from tests.launch import Job, until
+from tests.launch import hpc_elastic as command
+
+COMMANDS = ("run", "status", "resize", "stop", "doctor", "pack", "inspect", "report")
+LOOP = """
+import sys, time
+import hpc_elastic as he
+def train(job):
+    for turn in job.loop(int(sys.argv[1])):
+        time.sleep(0.01)
+if __name__ == "__main__":
+    he.run(train)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in os.environ:
+        if name.startswith("HPC_ELASTIC_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def script():
+    Path("script.py").write_text(LOOP)
+    return "script.py"
+
+
+@pytest.fixture
+def run():
+    return RunDirectory.create(Path("r"))
+
+
+def invoke(*arguments, code):
+    """Run the program in this process, and return what it wrote on stdout and stderr."""
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done.stdout, done.stderr
+
+
+def fails(*arguments, code):
+    """Run the program, which has to fail with one line; return that."""
+    out, err = invoke(*arguments, code=code)
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("hpc-elastic: ")
+    return line.removeprefix("hpc-elastic: ")
+
+
+def now(state="running", **others):
+    member = Member(id=4, pid=77, host="vm", slot=2)
+    return Status(state=state, time=time.time(), started=0.0, ranks=1, members=(member,), step=3, steps=9, **others)
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+def test_version():
+    assert invoke("--version", code=0) == (f"hpc-elastic {hpc_elastic.__version__}\n", "")
+
+
+def test_module_is_the_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_elastic.cli", "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == f"hpc-elastic {hpc_elastic.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_has_examples_one_a_line(name, option):
+    out, _ = invoke(name, option, code=0)
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip() in ("Example:", "Examples:"))
+    examples = lines[start + 1 : lines.index("", start)]
+    assert examples
+    assert all(line.startswith(f"    hpc-elastic {name}") for line in examples)
+    assert "\b" not in out
+
+
+def test_all_commands_are_tested():
+    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("pack",), ("inspect",)])
+def test_usage_is_shown_without_arguments(arguments):
+    out, err = invoke(*arguments, code=2)
+    assert (out + err).startswith(f"Usage: {' '.join(['root', *arguments])} ")
+    assert "Options:" in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status",), "Missing argument 'RUN'"),
+        (("resize", "r"), "Missing argument 'RANKS'"),
+        (("resize", "r", "many"), "Invalid value for 'RANKS'"),
+        (("resize", "r", "2", "--timeout", "-1"), "Invalid value for '--timeout'"),
+        (("pack", "x.npz"), "Missing option '--out'"),
+        (("run", "--max", "some", "x.py"), "Invalid value for '--max'"),
+        (("stpo", "r"), "No such command 'stpo'"),
+        (("run", "--mx", "3", "x.py"), "No such option"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    _, err = invoke(*arguments, code=2)
+    assert message in err
+    assert "Usage:" in err
+
+
+# --- run: settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min", "3", "--max", "2"], "min = 3 is more than max = 2"),
+        (["--min", "0"], "min = 0: must be at least 1"),
+        (["--max", "-1"], "max = -1: must not be negative"),
+        (["-n", "4", "--max", "2"], "ranks = 4 is more than max = 2"),
+        (["--policy", "wish"], "'wish'"),
+        (["--policy", "timetable"], "needs a timetable"),
+        (["--policy", "fixed", "--timetable", "3:2"], "a timetable is given"),
+        (["--progress", "loud"], "'loud'"),
+        (["--set", "deadline=3"], "unknown setting 'deadline' in the settings; did you mean 'deadline_s'?"),
+        (["--set", "deadline_s"], "--set deadline_s: write --set NAME=VALUE"),
+        (["--set", "=3"], "--set =3: write --set NAME=VALUE"),
+        (["--set", "deadline_s=soon"], "deadline_s"),
+        (["--set", "deadline_s=0"], "deadline_s = 0.0: must be positive"),
+        (["--set", "broker=script"], "needs a supply"),
+        (["--set", "max=many"], "max"),
+        (["--config", "absent.toml"], "configuration absent.toml: No such file or directory"),
+        (["--config", "."], "configuration .: Is a directory"),
+    ],
+)
+def test_bad_settings(options, message, script):
+    assert message in fails("run", *options, script, code=2)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("maxx = 3", "unknown setting 'maxx' in job.toml; did you mean 'max'?"),
+        ("max = ", "job.toml is not valid TOML"),
+        ('max = "many"', "max"),
+        ("max = 1.5", "max"),
+        ("min = 3\nmax = 2", "min = 3 is more than max = 2"),
+        ("[job]\nmax = 2", "unknown setting 'job'"),
+    ],
+)
+def test_bad_file(text, message, script):
+    Path("job.toml").write_text(text)
+    assert message in fails("run", "--config", "job.toml", script, code=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HPC_ELASTIC_MAXX", "3", "unknown setting 'maxx' in the environment (HPC_ELASTIC_…); did you mean 'max'?"),
+        ("HPC_ELASTIC_MAX", "many", "max"),
+        ("HPC_ELASTIC_CONFIG", "absent.toml", "configuration absent.toml: No such file or directory"),
+    ],
+)
+def test_bad_environment(name, value, message, script, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert message in fails("run", script, code=2)
+
+
+@pytest.mark.parametrize("name", ["absent.py", "."])
+def test_no_such_script(name):
+    assert fails("run", name, code=2) == f"script {name} does not exist"
+    assert not Path("runs").exists()
+
+
+def test_no_mpiexec(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert fails("run", script, code=2).startswith("no mpiexec found")
+
+
+@pytest.mark.usefixtures("run")
+def test_used_run_directory(script):
+    assert "is already used: name another one" in fails("run", "--run-dir", "r", script, code=2)
+
+
+@pytest.mark.parametrize("place", ["file", "file/r", "/proc/r"])
+def test_run_directory_that_cannot_be_made(place, script):
+    Path("file").touch()
+    assert "can't be made" in fails("run", "--run-dir", place, script, code=2)
+
+
+def test_settings_reach_the_supervisor(monkeypatch):
+    """The command line wins over the environment, and that over the file; what follows the script is its own."""
+    seen = []
+
+    class Spy:
+        def __init__(self, *arguments, module):
+            seen.append((*arguments, module))
+            self.run = RunDirectory.create(Path("spied"))
+
+        def go(self):
+            return 130
+
+    monkeypatch.setattr("hpc_elastic.supervisor.Supervisor", Spy)
+    monkeypatch.setenv("HPC_ELASTIC_MAX", "5")
+    monkeypatch.setenv("HPC_ELASTIC_SEED", "7")
+    Path("job.toml").write_text("max = 6\nseed = 8\nmin = 2\nranks = 2")
+    options = ["--config", "job.toml", "--max", "4", "--timetable", "3:2", "--set", "deadline_s=60"]
+    _, err = invoke("run", *options, "-m", "a.b", "--max", "9", "-x", code=130)
+    assert err == f"run directory {Path('spied').absolute()}\n"
+    ((name, arguments, config, module),) = seen
+    assert (name, arguments, module) == ("a.b", ["--max", "9", "-x"], True)
+    assert (config.max_ranks, config.seed, config.min_ranks) == (4, 7, 2)
+    assert (config.policy, config.timetable, config.deadline_s) == ("timetable", "3:2", 60.0)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["status", "stop", "report", "resize"])
+@pytest.mark.parametrize("place", ["absent", "."])
+def test_no_run_directory(name, place):
+    more = ["2"] if name == "resize" else []
+    assert "is not a run directory; `hpc-elastic run` makes one" in fails(name, place, *more, code=4)
+
+
+@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r")])
+@pytest.mark.parametrize("state", ["ended", "stopped", "failed"])
+def test_request_to_a_run_that_is_over(request_, state, run):
+    run.put_status(now(state))
+    assert fails(*request_, code=4) == f"the job in r is not running: it has {state}"
+    assert run.requests() == []
+
+
+@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r"), ("status", "r")])
+@pytest.mark.usefixtures("run")
+def test_run_that_has_not_begun(request_):
+    assert "has no status yet: the job has not reached its first step" in fails(*request_, code=4)
+
+
+def test_run_that_was_killed(run):
+    """Nobody could change the status any more."""
+    run.put_status(now())
+    run.fail(Failure(error="process 4 was killed", traceback="", member=4, rank=-1, host="vm", generation=-1, step=-1))
+    assert fails("stop", "r", code=4) == "the job in r is not running: it has failed"
+    out, _ = invoke("status", "r", code=0)
+    assert out.startswith("failed: ")
+    assert out.endswith("process 4 was killed\n")
+    out, _ = invoke("status", "r", "--json", code=0)
+    assert json.loads(out)["state"] == "failed"
+
+
+@pytest.mark.parametrize("name", ["status", "report", "stop"])
+def test_damaged_run(name, run):
+    (run.path / "status.json").write_text("{}")
+    assert "status.json is damaged" in fails(name, "r", code=4)
+
+
+def test_damaged_events(run):
+    run.events.write_text("x\n")
+    assert "events.jsonl is damaged, line 1" in fails("report", "r", code=4)
+
+
+def test_status(run):
+    run.put_status(now())
+    out, _ = invoke("status", "r", code=0)
+    assert out == "running: epoch 1/1, step 3/9, 1 rank\n  rank 0: process 4, pid 77 on vm, slot 2\n"
+
+
+def test_status_of_a_run_that_is_silent(run, monkeypatch):
+    run.put_status(now())
+    monkeypatch.setattr(cli, "STALE_S", -1.0)
+    out, _ = invoke("status", "r", code=0)
+    assert "the last sign of life is 0 s old" in out
+
+
+def test_no_answer(run):
+    run.put_status(now())
+    message = fails("stop", "r", "--timeout", "0", code=6)
+    assert message == "no answer within 0 s: the job may be in a long step; the request stands"
+    assert [request.kind for _, request in run.requests()] == ["stop"]
+
+
+def answering(monkeypatch, accepted, text="said so", then=lambda _: None):
+    """Answer in the leader's place."""
+
+    def answer(run, _):
+        then(run)
+        return Answer(accepted=accepted, text=text)
+
+    monkeypatch.setattr(RunDirectory, "answer_to", answer)
+
+
+def test_refused(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=False)
+    assert invoke("resize", "r", "2", code=5) == ("", "refused: said so\n")
+    out, _ = invoke("resize", "r", "2", "--json", code=5)
+    assert json.loads(out) == {"accepted": False, "text": "said so"}
+
+
+def test_accepted(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=True)
+    assert invoke("resize", "r", "2", code=0) == ("accepted: said so\n", "")
+
+
+def test_wait_until_too_late(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=True)
+    out, err = invoke("resize", "r", "2", "--wait", "--timeout", "0", code=6)
+    assert out == "accepted: said so\n"
+    assert "not done within 0 s, but still under way" in err
+
+
+def test_wait_for_a_resize_that_is_given_up(run, monkeypatch):
+    """An older refusal of the same size is none of this request's."""
+    run.put_status(now())
+    log = events.EventLog(run.events)
+    log.write(events.Refused(step=1, ranks=2, reason="of old"))
+    refused = events.Refused(step=5, ranks=2, reason="a newcomer failed")
+    answering(monkeypatch, accepted=True, then=lambda _: log.write(refused))
+    _, err = invoke("resize", "r", "2", "--wait", code=5)
+    assert err == "hpc-elastic: the resize was given up: a newcomer failed\n"
+
+
+def test_wait_for_a_resize_of_a_job_that_ends(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=True, then=lambda run: run.put_status(now("ended")))
+    _, err = invoke("resize", "r", "2", "--wait", code=4)
+    assert err == "hpc-elastic: the job in r has ended before the resize was done\n"
+
+
+def test_live_job(script, tmp_path):
+    """The real thing: asked for its status, resized, refused, reported, and stopped."""
+    with Job(command("run", "--run-dir", "r", "--slots", 2, "--max", 2, script, 100000), folder=tmp_path) as job:
+        until(Path("r/status.json").exists)
+        assert invoke("resize", "r", "2", "--wait", code=0)[0] == "accepted: 1 -> 2 ranks\n"
+        out, _ = invoke("status", "r", "--json", code=0)
+        assert (json.loads(out)["state"], json.loads(out)["ranks"]) == ("running", 2)
+        assert "max = 2" in invoke("resize", "r", "3", code=5)[1]
+        assert len(json.loads(invoke("report", "r", "--json", code=0)[0])["generations"]) == 2
+        assert invoke("stop", "r", "--wait", code=0)[0].startswith("accepted: the job stops at step")
+        done = job.wait(clean=False)  # what is left behind is the elastic tests' business
+    assert done.code == 0
+    assert "stopped" in done.err
+    assert "stopped after" in invoke("report", "r", code=0)[0]
+    assert fails("stop", "r", code=4) == "the job in r is not running: it has stopped"
+
+
+def test_script_that_never_calls_run(tmp_path):
+    Path("idle.py").write_text("x = 1")
+    with Job(command("run", "--run-dir", "r", "idle.py"), folder=tmp_path) as job:
+        done = job.wait(clean=False)
+    assert done.code == 3
+    assert done.err.splitlines()[-1] == "hpc_elastic: idle.py ended without calling he.run(train): nothing was run"
+
+
+# --- data, and the machine --------------------------------------------------------------------------------------------
+
+
+def test_pack_and_inspect():
+    np.savez("digits.npz", x=np.zeros((10, 4, 4), np.uint8), y=np.arange(10) % 2)
+    out, err = invoke("pack", "digits.npz", "--out", "shards", "--shards", "2", code=0)
+    assert [Path(line).name for line in out.splitlines()] == ["shard-00000-of-00002.h5", "shard-00001-of-00002.h5"]
+    assert err == "packing: 10/10\n"
+    found = json.loads(invoke("inspect", "shards", "--json", code=0)[0])
+    assert (found["samples"], found["labels"]) == (10, {"0": 5, "1": 5})
+    assert "10 samples" in invoke("inspect", *out.splitlines(), code=0)[0]
+    assert "is already in shards" in fails("pack", "digits.npz", "-o", "shards", code=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("pack", "absent.npz", "-o", "s"), 7, "absent.npz does not exist"),
+        (("pack", "script.py", "-o", "s"), 7, "script.py"),
+        (("pack", ".", "-o", "s", "--size", "3"), 2, "--size 3: write HEIGHTxWIDTH"),
+        (("pack", ".", "-o", "s", "--size", "0x3"), 2, "--size 0x3: write HEIGHTxWIDTH"),
+        (("pack", ".", "-o", "s", "--size", "²x3"), 2, "write HEIGHTxWIDTH"),
+        (("inspect", "absent.h5"), 7, "absent.h5 does not exist"),
+        (("inspect", "absent/*.h5"), 7, "there are no shards at absent/*.h5"),
+        (("inspect", "script.py"), 7, "script.py is not an HDF5 file"),
+    ],
+)
+@pytest.mark.usefixtures("script")
+def test_bad_data(arguments, code, message):
+    assert message in fails(*arguments, code=code)
+    assert not Path("s").exists()
+
+
+def test_inspect_of_two_kinds():
+    write_shard("a.h5", {"image": np.zeros((3, 2))})
+    write_shard("b.h5", {"image": np.zeros((3, 4))})
+    assert "does not match" in fails("inspect", "a.h5", "b.h5", code=7)
+
+
+@pytest.mark.parametrize(("good", "needed", "code"), [(True, True, 0), (False, False, 0), (False, True, 1)])
+def test_doctor(good, needed, code, monkeypatch):
+    check = Check(name="luck", good=good, needed=needed, text="found", advice="more of it")
+    monkeypatch.setattr(doctor, "examine", lambda: [check])
+    assert "luck" in invoke("doctor", code=code)[0]
+    (found,) = json.loads(invoke("doctor", "--json", code=code)[0])
+    assert found == {
+        "name": "luck",
+        "good": good,
+        "needed": needed,
+        "text": "found",
+        "advice": "more of it",
+        "facts": {},
+    }
+
+
+@pytest.mark.usefixtures("run")
+def test_file_that_may_not_be_read(monkeypatch):
+    """The run of another user; the tests' own user may be one who may read everything."""
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied", "r/status.json")
+
+    monkeypatch.setattr(RunDirectory, "status", denied)
+    assert fails("status", "r", code=4) == "r/status.json may not be read by this user: Permission denied"
+
+
+def test_reader_that_has_had_enough():
+    """As in `hpc-elastic ... | head -0`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    RunDirectory.create(Path("piped")).put_status(now())
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_elastic.cli", "status", "piped"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
