@@ -1,25 +1,31 @@
 """Guard: starts one rank as its child and outlives it. Run by path, with ``python -S -E``; imports nothing of the package.
 
-    python -S -E guard.py RUN MEMBER [NAME=VALUE...] COMMAND...
+    python -S -E guard.py RUN MEMBER COMMAND...               a seed rank, under its launcher
+    python -S -E guard.py --warm SOCKET RUN MEMBER COMMAND... a newcomer, which warms up before it has a launcher
 
-MPICH's launcher ends the whole job when a process that it started is gone without closing its PMI session. It starts this
-guard instead, and the guard closes the session in the place of a rank that died. The death is written to the run directory,
-where the other ranks see it. NAME=VALUE sets variables of the rank's environment, as in env(1).
+MPICH's launcher ends the whole job when a process that it started is gone without closing its PMI session. So each rank has
+a guard, which closes the session in the place of a rank that died. The death is written to the run directory, where the
+other ranks see it. A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts when the newcomer is
+wanted and which brings it what the launcher gave: variables, and the descriptor of the PMI session.
 """
 
 import os
+import select
 import signal
 import sys
 
+import _socket
 
-def close_pmi_session():
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+DOOR = "HPC_ELASTIC_DOOR"
+LARGEST = 1 << 18  # bytes that handover.py sends at most
+
+
+def close_pmi_session(descriptor):
     """Say to the launcher that this process is finished, as the dead rank can't any more (PMI-1 wire protocol)."""
-    descriptor = os.environ.get("PMI_FD")
-    if descriptor is None:
-        return
     try:
-        os.write(int(descriptor), b"cmd=finalize\n")
-        os.read(int(descriptor), 1024)
+        os.write(descriptor, b"cmd=finalize\n")
+        os.read(descriptor, 1024)
     except OSError:
         pass
 
@@ -28,15 +34,15 @@ def record_death(run, member, pid, how):
     """Write the run's failure, unless a rank has written one."""
     import json  # only now: a rank that ends well should not pay for it
 
-    error = f"process {member} (pid {pid} on {os.uname().nodename}) {how}"
+    host = os.uname().nodename
+    error = f"process {member} (pid {pid} on {host}) {how}"
     beside = os.path.join(run, f".failure.guard.{os.getpid()}")
-    place = os.path.join(run, "failure.json")
-    failure = dict(error=error, traceback="", member=member, rank=-1, host=os.uname().nodename, generation=-1, step=-1)
+    failure = dict(error=error, traceback="", member=member, rank=-1, host=host, generation=-1, step=-1)
     try:
         with open(beside, "x") as file:
             json.dump(failure, file)
         try:
-            os.link(beside, place)
+            os.link(beside, os.path.join(run, "failure.json"))
         except FileExistsError:
             pass
         os.unlink(beside)
@@ -44,11 +50,8 @@ def record_death(run, member, pid, how):
         sys.stderr.write(f"hpc_elastic guard: {error}; could not be recorded in {run}: {problem}\n")
 
 
-def main():
-    run, member, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    while "=" in command[0]:
-        name, value = command.pop(0).split("=", 1)
-        os.environ[name] = value
+def start(command):
+    """Start the rank and return its pid."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -56,15 +59,61 @@ def main():
         except OSError as problem:
             sys.stderr.write(f"hpc_elastic guard: {command[0]}: {problem.strerror}\n")
             os._exit(127)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in FORWARDED:
         signal.signal(number, lambda received, frame: os.kill(pid, received))
+    return pid
+
+
+def hand_on(listener, door, pid):
+    """Wait for handover.py and hand its gifts on to the rank; return its connection and the PMI descriptor, or None."""
+    with os.fdopen(os.pidfd_open(pid), closefd=True, mode="rb", buffering=0) as child:
+        ready, _, _ = select.select([listener, child], [], [])
+    if listener not in ready:
+        return None, None
+    caller = _socket.socket(fileno=listener._accept()[0])
+    data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
+    door.sendmsg([data], ancillary)
+    descriptors = [int.from_bytes(item[2][:4], sys.byteorder) for item in ancillary]
+    return caller, descriptors[0] if descriptors else None
+
+
+def main():
+    arguments = sys.argv[1:]
+    caller, session = None, int(os.environ.get("PMI_FD", -1))
+    if arguments[0] == "--warm":
+        _, path, run, member, *command = arguments
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        # The way through /proc is short, however long the run directory's name is: a socket's has 107 bytes at most.
+        listener.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        listener.listen(1)
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        os.set_inheritable(theirs.fileno(), True)
+        os.environ[DOOR] = str(theirs.fileno())
+        pid = start(command)
+        theirs.close()
+        caller, session = hand_on(listener, ours, pid)
+        listener.close()
+        os.unlink(path)
+        joined = caller is not None
+    else:
+        run, member, *command = arguments
+        pid = start(command)
+        joined = True
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code != 0:
+    if code != 0 and joined:
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-        record_death(run, member, pid, how)
-        close_pmi_session()
-    os._exit(code if code >= 0 else 128 - code)
+        record_death(run, int(member), pid, how)
+        if session is not None and session >= 0:
+            close_pmi_session(session)
+    end = code if code >= 0 else 128 - code
+    if caller is not None:
+        try:
+            caller.send(bytes([end]))
+        except OSError:
+            pass
+    os._exit(end)
 
 
 main()

@@ -85,6 +85,8 @@ class DistributedArray:
         here = self._ranks()
         if here is None:
             raise ArrayError(f"array {self.name!r}: this rank has not joined the job yet; use the array inside the loop")
+        if self.layout.rows != self.shape[0] or len(self.layout.owners) != here.size:
+            raise ArrayError(f"array {self.name!r} does not belong to this generation")
         return here
 
     def halo(self, width: int = 1) -> tuple[Array, Array]:
@@ -103,8 +105,6 @@ class DistributedArray:
         if width < 0:
             raise ArrayError(f"array {self.name!r}: a halo of {width} rows")
         here = self._joined()
-        if self.layout.rows != self.shape[0] or len(self.layout.owners) != here.size:
-            raise ArrayError(f"array {self.name!r} does not belong to this generation")
         before = self._empty(max(0, self.start - width), self.start) if len(self.local) else self._empty(0, 0)
         after = self._empty(self.stop, min(self.shape[0], self.stop + width)) if len(self.local) else self._empty(0, 0)
         receives, sends = [], []
@@ -118,8 +118,16 @@ class DistributedArray:
         return before, after
 
     def gather(self, root: int = 0) -> Array | None:
-        """Return the whole array on rank `root` and None on the others. Collective."""
+        """Return the whole array on rank `root` and None on the others. Collective.
+
+        Raises
+        ------
+        ArrayError
+            If there is no rank `root`, or this rank has not joined yet.
+        """
         here = self._joined()
+        if not 0 <= root < here.size:
+            raise ArrayError(f"array {self.name!r}: there is no rank {root} to gather on, only 0 to {here.size - 1}")
         whole = self._empty(0, self.shape[0]) if here.rank == root else None
         receives, sends = [], []
         for rank in range(here.size):

@@ -124,8 +124,10 @@ def _generations(happened: Sequence[events.AnyEvent], status: Status | None) -> 
             row["batch"] = event.samples * (event.epoch + 1) / (event.step + 1)
         elif isinstance(event, events.Ended) and rows:
             _reach(rows[-1], event.steps, event.time)
-    if rows and status is not None and status.time > rows[-1]["end"]:
-        _reach(rows[-1], status.step, status.time)
+        elif isinstance(event, events.Failed) and rows and event.step >= rows[-1]["to_step"]:
+            _reach(rows[-1], event.step, event.time)
+    if rows and status is not None and status.state in LIVE and status.time > rows[-1]["end"]:
+        _reach(rows[-1], max(status.step, rows[-1]["to_step"]), status.time)
     batch = next((row["batch"] for row in reversed(rows) if row["batch"]), None)
     return [_finished(row, batch) for row in rows]
 
@@ -188,7 +190,8 @@ def table(summary: dict[str, Any]) -> None:
             console.print(f"notice: {notice['text']}")
     if summary["failure"]:
         console.print(f"failed: {summary['failure']['error']}")
-        console.print(summary["failure"]["traceback"].rstrip(), end="\n" if summary["failure"]["traceback"] else "")
+        if summary["failure"]["traceback"]:
+            console.print(summary["failure"]["traceback"].rstrip())
 
 
 def _header(summary: dict[str, Any]) -> Table:

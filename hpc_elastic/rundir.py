@@ -8,6 +8,7 @@
         ranks/ID.json    one record a process, written by itself
         inbox/*.json     requests, put there by an atomic rename
         answers/*.json   what became of them
+        newcomers/       what newcomers are told and what they report, before they are connected by MPI
         ledger/          consumed samples, if asked for
 """
 
@@ -105,6 +106,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{path} is not a run directory; `hpc-elastic run` makes one and prints its name")
         self.events = self.path / "events.jsonl"
         self.ledger = self.path / "ledger"
+        self.newcomers = self.path / "newcomers"
         self._failure = self.path / "failure.json"
         self._status = self.path / "status.json"
         self._inbox = self.path / "inbox"
@@ -119,7 +121,7 @@ class RunDirectory:
             if any(path.iterdir()):
                 raise RunDirectoryError(f"run directory {path} is already used: name another one, or remove it")
             path.chmod(0o700)
-            for name in ("inbox", "answers", "ranks"):
+            for name in ("inbox", "answers", "newcomers", "ranks"):
                 (path / name).mkdir(mode=0o700)
         except OSError as error:
             raise RunDirectoryError(f"run directory {path} can't be made: {error.strerror}") from error

@@ -82,11 +82,12 @@ class DictState:
         """Take the items received."""
         for key, value in state.items():
             own = self._values.get(key)
-            same = isinstance(own, np.ndarray) and isinstance(value, np.ndarray)
-            if same and (own.shape, own.dtype) == (value.shape, value.dtype):
+            if not isinstance(value, np.ndarray):
+                self._values[key] = value
+            elif isinstance(own, np.ndarray) and (own.shape, own.dtype) == (value.shape, value.dtype):
                 np.copyto(own, value)
             else:
-                self._values[key] = value.copy() if isinstance(value, np.ndarray) else value
+                self._values[key] = value.copy()
 
 
 def stateful(name: str, value: Any) -> Stateful:
@@ -171,7 +172,7 @@ class Registry:
                 offset += entry.nbytes
             elif entry.dtype:
                 value = np.empty(entry.shape, entry.dtype)
-                channel.fill(value)
+                channel.fill(value.reshape(-1))
             states[entry.owner][entry.key] = value
         for name, thing in self._owners.items():
             thing.load(states[name])

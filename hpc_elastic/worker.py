@@ -1,50 +1,47 @@
-"""What a newcomer runs: initialise MPI first of all, receive the options, then run the user's script."""
+"""What a newcomer runs: receive the options, then run the user's script, which joins the job where its loop begins.
+
+    python -m hpc_elastic.worker RUN MEMBER
+"""
 
 from __future__ import annotations
 
-import time
+import faulthandler
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
 
-BEGUN = time.perf_counter()
+import mpi4py
 
-import mpi4py  # noqa: E402
-
+# A newcomer becomes an MPI process when it is ready; the user's own import of MPI must not make it one before.
+mpi4py.rc.initialize = False
 mpi4py.rc.finalize = False
-from mpi4py import MPI  # noqa: E402, F401  (before anything else: the leader's spawn lasts until this is done)
 
-INIT_S = time.perf_counter() - BEGUN
-
-import faulthandler  # noqa: E402
-import os  # noqa: E402
-import runpy  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from .comm.arrival import Door, Report  # noqa: E402
+from .comm.arrival import Door, Options, options_file  # noqa: E402
 from .comm.waiting import Watch  # noqa: E402
-from .comm.world import finalize  # noqa: E402
+from .config import DOOR_VARIABLE  # noqa: E402
 from .errors import Retired  # noqa: E402
 from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
-from .runtime.launch import be_newcomer, has_run, retire_on_sigterm, turn_back  # noqa: E402
+from .runtime.launch import be_newcomer, has_run, turn_back  # noqa: E402
 from .runtime.session import Script, Session, unpacked  # noqa: E402
 
 
 def main() -> None:
     """Be a newcomer."""
     faulthandler.register(signal.SIGQUIT)
-    door = Door.spawned()
-    if door is None:
+    if len(sys.argv) != 3 or DOOR_VARIABLE not in os.environ:  # noqa: PLR2004
         sys.exit("hpc_elastic.worker is started by the job itself, not by hand")
-    retire_on_sigterm()
-    options = door.options()
-    member = Member(id=options.member, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
-    door.report(Report(member=member, stages={"init": INIT_S}))
+    run, number = RunDirectory(Path(sys.argv[1])), int(sys.argv[2])
+    options = run.get(options_file(run, number), Options)
+    assert options is not None
+    member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
-    session = Session(unpacked(options.settings), RunDirectory(Path(options.run_dir)), script, options.started)
-    door.watch(Watch(session.check))
+    session = Session(unpacked(options.settings), run, script, options.started)
+    door = Door(run, number, Watch(session.check), door=int(os.environ.pop(DOOR_VARIABLE)))
     be_newcomer(door, session, member)
     os.chdir(options.directory)
     sys.path[:] = options.path
@@ -56,9 +53,7 @@ def main() -> None:
         else:
             runpy.run_path(options.argv[0], run_name="__main__")
     except Retired:
-        door.close()
-        finalize()
-        return
+        raise
     except BaseException as error:
         if has_run():
             raise

@@ -277,7 +277,7 @@ class Job:
             raise Retired(f"process {self._member.id} left the job at step {plan.cursor.step}")
         self._session.record(self._member, "parked")
         tether = self._tethers[plan.generation]
-        self._door, options = Door.parked(tether.comm, self._watch, self._doze)
+        self._door, options = Door.parked(tether.comm, self._session.run, self._watch, self._doze)
         self._member = msgspec.structs.replace(self._member, slot=options.slot)
         self._began = self._session.clock()
         if not self._join():

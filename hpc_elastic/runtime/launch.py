@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import socket
 import sys
 import time
@@ -30,13 +29,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
 
-_launched = under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
+_by_hand = not under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
 _newcomer: list[tuple[Door, Session, Member]] = []
 _ran: list[str] = []
 
 
 def be_newcomer(door: Door, session: Session, member: Member) -> None:
     """Let the next `run` in this process join the job through `door` instead of starting one."""
+    global _by_hand  # noqa: PLW0603
+    _by_hand = False
     _newcomer.append((door, session, member))
 
 
@@ -205,7 +206,7 @@ def _retire(job: Job) -> None:
         job._door.close()  # noqa: SLF001
     session.record(job.member, "retired")
     finalize()
-    if not _launched:
+    if _by_hand:
         # A shell waits for this process, as it is the one that was started by hand.
         if job.member.parks:
             others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
@@ -278,16 +279,10 @@ def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
 
 
 def turn_back(door: Door, member: Member, why: str) -> None:
-    """Tell the leader that this newcomer can't come, and end once it has heard; no error of the job's."""
+    """Tell the leader why this newcomer can't come, and end. It is no part of the job yet, so this is no failure of it."""
     from ..comm.arrival import Report
-    from ..comm.world import finalize
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     door.report(Report(member=member, error=why))
-    while door.called().order != "go":
-        pass
-    door.close()
-    finalize()
     raise SystemExit(0)
 
 
@@ -336,12 +331,3 @@ def _end_without_mpi() -> None:
 
     atexit.register(leave)
 
-
-def retire_on_sigterm() -> None:
-    """Let SIGTERM end a newcomer that warms up: the leader sends it when the job no longer wants it."""
-
-    def handler(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Retired("sent away while warming up")
-
-    signal.signal(signal.SIGTERM, handler)

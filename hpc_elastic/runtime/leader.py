@@ -18,7 +18,7 @@ from ..policy import check, leaving, newcomers
 from ..progress import Progress
 from ..rundir import Answer, Status
 from .plan import Office, Parked, Plan, Tally
-from .session import alive, peak_bytes, terminate
+from .session import alive, peak_bytes
 
 if TYPE_CHECKING:
     from ..comm.world import World
@@ -171,7 +171,7 @@ class Leader:
             else:
                 arrivals.append(Arrival(self._options(self.office.next_member, lease.slot)))
                 self.office = msgspec.structs.replace(self.office, next_member=self.office.next_member + 1)
-        return Arrivals(arrivals, vendor(), self.session.clock)
+        return Arrivals(arrivals, self.session.run, vendor(), self.session.clock)
 
     def _options(self, member: int, slot: int) -> Options:
         session, script = self.session, self.session.script
@@ -202,8 +202,8 @@ class Leader:
             self.give_up(here, problem)
             return False
         if arrivals.warm():
-            arrivals.gather()
-        return arrivals.gathered()
+            arrivals.bring()
+        return arrivals.there()
 
     def _mismatch(self, arrivals: Arrivals, here: Here) -> str:
         for arrival in arrivals.all:
@@ -278,11 +278,6 @@ class Leader:
     def _dismiss(self, way: UnderWay) -> None:
         if way.arrivals is None:
             return
-        for arrival in way.arrivals.all:
-            hello = arrival.hello
-            # One that warms up may be deep in its imports, where it does not listen.
-            if arrival.report is None and hello is not None and hello.member.host == self.world.me.host:
-                terminate(hello.member.pid)
         way.arrivals.dismiss(self.world.watch)
         slots = {arrival.options.slot for arrival in way.arrivals.all}
         gone = tuple(lease for lease in self.office.leases if lease.slot in slots)

@@ -121,7 +121,7 @@ def test_usage_is_shown_without_arguments(arguments):
         (("resize", "r", "2", "--timeout", "-1"), "Invalid value for '--timeout'"),
         (("pack", "x.npz"), "Missing option '--out'"),
         (("run", "--max", "some", "x.py"), "Invalid value for '--max'"),
-        (("stpo", "r"), "No such command 'stpo'"),
+        (("halt", "r"), "No such command 'halt'"),
         (("run", "--mx", "3", "x.py"), "No such option"),
     ],
 )
@@ -460,5 +460,6 @@ def test_reader_that_has_had_enough():
         check=False,
     )
     os.close(writer)
+    assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr

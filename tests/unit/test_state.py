@@ -32,7 +32,7 @@ class FakeChannel:
 
     def fill(self, array):
         flat = array.view(np.uint8).reshape(-1)  # as the real one does; fails if it would need a copy
-        assert np.shares_memory(flat, array)
+        assert not array.size or np.shares_memory(flat, array)
         if self.rank == 0:
             self.sent.append(flat.tobytes())
         else:

@@ -1,0 +1,30 @@
+"""Handover: what the launcher starts for a newcomer. Run by path, with ``python -S -E``; imports next to nothing.
+
+    python -S -E handover.py SOCKET
+
+The newcomer is warm already, under its guard. This process brings it what the launcher gave it, the variables and the
+descriptor of the PMI session, and then stands for it towards the launcher until it has ended.
+"""
+
+import os
+import sys
+
+import _socket
+
+LAUNCHER = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "MPI_", "MPIR_")
+
+
+def main():
+    path = sys.argv[1]
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    guard = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    guard.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    variables = b"\0".join(os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith(LAUNCHER))
+    session = os.environ.get("PMI_FD")
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, int(session).to_bytes(4, sys.byteorder))] if session else []
+    guard.sendmsg([variables], rights)
+    code = guard.recv(1)
+    os._exit(code[0] if code else 137)
+
+
+main()
