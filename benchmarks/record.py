@@ -26,12 +26,25 @@ class Record:
     context: dict[str, Any]
 
 
-def record(metric: str, values: Sequence[float], unit: str, context: dict[str, Any], goal: float | None = None) -> Record:
+def record(
+    metric: str, values: Sequence[float], unit: str, context: dict[str, Any], goal: float | None = None
+) -> Record:
     """Return the record of `values`, of which lower ones are better."""
     values = [float(value) for value in values]
     median = statistics.median(values)
     met = None if goal is None else bool(median <= goal)
-    return Record(metric, round(median, 4), unit, "lower", goal, met, len(values), round(min(values), 4), round(max(values), 4), context)
+    return Record(
+        metric,
+        round(median, 4),
+        unit,
+        "lower",
+        goal,
+        met,
+        len(values),
+        round(min(values), 4),
+        round(max(values), 4),
+        context,
+    )
 
 
 def show(records: Sequence[Record], *, as_json: bool) -> None:
@@ -48,7 +61,9 @@ def show(records: Sequence[Record], *, as_json: bool) -> None:
         text = ", ".join(f"{key} {value}" for key, value in item.context.items())
         goal = "" if item.goal is None else f"{item.goal:g}"
         met = "" if item.met is None else "yes" if item.met else "NO"
-        table.add_row(item.metric, text, f"{item.value:g} {item.unit}", f"{item.min:g}", f"{item.max:g}", str(item.n), goal, met)
+        table.add_row(
+            item.metric, text, f"{item.value:g} {item.unit}", f"{item.min:g}", f"{item.max:g}", str(item.n), goal, met
+        )
     Console(width=160 if not sys.stdout.isatty() else None).print(table)
 
 

@@ -72,7 +72,9 @@ def stalls_s(change: events.Resized, stamps: dict[int, np.ndarray]) -> float:
     """Return how long the slowest rank was held up within steps, between the decision and the commit of `change`."""
     found = [0.0]
     for rows in stamps.values():
-        window = rows[(rows[:, 1] > change.time - change.wait_s - change.standstill_s - 0.05) & (rows[:, 0] < change.step)]
+        window = rows[
+            (rows[:, 1] > change.time - change.wait_s - change.standstill_s - 0.05) & (rows[:, 0] < change.step)
+        ]
         if len(window) < 3:  # noqa: PLR2004
             continue
         took = np.diff(window[:, 2])
@@ -91,10 +93,19 @@ def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
         grows = sizes[1] > sizes[0]
         held_ms = [1e3 * stalls_s(change, stamps) if grows else 0.0 for change in these]
         total_ms = [1e3 * boundary_s(change, stamps) + held for change, held in zip(these, held_ms, strict=True)]
-        stages = {stage: round(1e3 * statistics.median(c.stages.get(stage, 0.0) for c in these), 2) for stage in these[0].stages}
+        stages = {
+            stage: round(1e3 * statistics.median(c.stages.get(stage, 0.0) for c in these), 2)
+            for stage in these[0].stages
+        }
         if grows:
             stages = {"spawn": round(statistics.median(held_ms), 2), **stages}
-        context = {"job": kind, "change": name, "mpi": mpi, "state_bytes": max(c.state_bytes for c in these), "stages_ms": stages}
+        context = {
+            "job": kind,
+            "change": name,
+            "mpi": mpi,
+            "state_bytes": max(c.state_bytes for c in these),
+            "stages_ms": stages,
+        }
         found.append(record("standstill_ms", total_ms, "ms", context, GOALS_MS.get(name)))
         if grows:
             wait = [change.wait_s + change.standstill_s for change in these]

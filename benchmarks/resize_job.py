@@ -52,7 +52,12 @@ def numpy_gradients() -> object:
 
 def tensorflow_gradients() -> object:
     """Return a function that computes a gradient with a gradient tape."""
-    layers = [keras.Input((28, 28)), keras.layers.Flatten(), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(2)]
+    layers = [
+        keras.Input((28, 28)),
+        keras.layers.Flatten(),
+        keras.layers.Dense(8, activation="relu"),
+        keras.layers.Dense(2),
+    ]
     model = keras.Sequential(layers)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

@@ -1,7 +1,7 @@
-"""Guard: starts one rank as its child and outlives it. Run by path, with ``python -S -E``; imports nothing of the package.
+"""Guard: starts one rank as its child and outlives it. Run by path, with ``python -I -S``; imports nothing of the package.
 
-    python -S -E guard.py RUN MEMBER COMMAND...               a seed rank, under its launcher
-    python -S -E guard.py --warm SOCKET RUN MEMBER COMMAND... a newcomer, which warms up before it has a launcher
+    python -I -S guard.py RUN MEMBER COMMAND...               a seed rank, under its launcher
+    python -I -S guard.py --warm SOCKET RUN MEMBER COMMAND... a newcomer, which warms up before it has a launcher
 
 MPICH's launcher ends the whole job when a process that it started is gone without closing its PMI session. So each rank has
 a guard, which closes the session in the place of a rank that died. The death is written to the run directory, where the
@@ -9,12 +9,11 @@ other ranks see it. A newcomer's guard waits at SOCKET for `handover.py`, which 
 wanted and which brings it what the launcher gave: variables, and the descriptor of the PMI session.
 """
 
+import _socket
 import os
 import select
 import signal
 import sys
-
-import _socket
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR = "HPC_ELASTIC_DOOR"
@@ -103,7 +102,11 @@ def main():
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code != 0 and joined:
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         record_death(run, int(member), pid, how)
         if session is not None and session >= 0:
             close_pmi_session(session)

@@ -1,15 +1,14 @@
-"""Handover: what the launcher starts for a newcomer. Run by path, with ``python -S -E``; imports next to nothing.
+"""Handover: what the launcher starts for a newcomer. Run by path, with ``python -I -S``; imports next to nothing.
 
-    python -S -E handover.py SOCKET
+    python -I -S handover.py SOCKET
 
 The newcomer is warm already, under its guard. This process brings it what the launcher gave it, the variables and the
 descriptor of the PMI session, and then stands for it towards the launcher until it has ended.
 """
 
+import _socket
 import os
 import sys
-
-import _socket
 
 LAUNCHER = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "MPI_", "MPIR_")
 

@@ -32,8 +32,9 @@ def same_bits(*, threads: int = 1, seed: int = 0) -> None:
     optimisation off, which reorders sums; and fixes the threads, since a sum cut in two rounds otherwise than in one.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import keras
     import tensorflow as tf
+
+    import keras
 
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -61,7 +62,9 @@ class State:
             raise ConfigError("he.keras.State needs a built model: give it an Input layer, or call it once")
         if optimizer is not None and not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self._variables: list[Any] = list(model.variables) + (list(optimizer.variables) if optimizer is not None else [])
+        self._variables: list[Any] = list(model.variables) + (
+            list(optimizer.variables) if optimizer is not None else []
+        )
 
     def state(self) -> dict[str, Any]:
         """Return all variables, in their order."""
@@ -76,7 +79,9 @@ class State:
             If there are more or fewer than this model has.
         """
         if len(state) != len(self._variables):
-            raise ConfigError(f"received {len(state)} variables, but this model and optimizer have {len(self._variables)}")
+            raise ConfigError(
+                f"received {len(state)} variables, but this model and optimizer have {len(self._variables)}"
+            )
         for index, variable in enumerate(self._variables):
             variable.assign(state[str(index)])
 

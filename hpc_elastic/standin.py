@@ -1,6 +1,6 @@
 """Stand-in: what a seed rank started without a launcher becomes when it leaves. Waits for the run's end, ends as it ended.
 
-    python -S -E standin.py RUN
+python -I -S standin.py RUN
 """
 
 import glob

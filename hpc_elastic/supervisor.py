@@ -17,7 +17,7 @@ from .comm.vendor import find_mpiexec, orphaned_shared_memory, prepare
 from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, Config, settings
 from .errors import LaunchError
 from .progress import Progress
-from .rundir import RunDirectory, Status
+from .rundir import Failure, RunDirectory, Status
 
 GUARD = Path(__file__).parent / "guard.py"
 LOOK_S = 0.1
@@ -55,7 +55,7 @@ class Supervisor:
     def command(self) -> list[str]:
         """Return the command that starts the seed rank."""
         # The guard's own interpreter needs neither site-packages nor the environment's Python settings.
-        guard = [sys.executable, "-S", "-E", str(GUARD), str(self.run.path), "0"]
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(self.run.path), "0"]
         return [str(self.mpiexec), *self.vendor.launch, "-n", "1", *guard, sys.executable, *self._target]
 
     def go(self) -> int:
@@ -68,7 +68,7 @@ class Supervisor:
         progress = Progress(Progress.mode(self.config.progress))
         begun = time.time()
         process = subprocess.Popen(self.command(), env=environ, start_new_session=True)
-        interrupted = _Interrupts(lambda: _end_group(process))
+        interrupted = _Interrupts(lambda name: self._interrupt(process, name))
         try:
             while process.poll() is None:
                 status = self.run.status()
@@ -85,6 +85,13 @@ class Supervisor:
             for segment in orphaned_shared_memory(begun):
                 segment.unlink(missing_ok=True)
         return EXIT_INTERRUPTED if interrupted.seen else self._verdict(last, process.returncode)
+
+    def _interrupt(self, process: subprocess.Popen[bytes], name: str) -> None:
+        """End the job because a person or the system asked for it."""
+        host = os.uname().nodename
+        error = f"interrupted: the supervisor on {host} received {name}"
+        self.run.fail(Failure(error=error, traceback="", member=-1, rank=-1, host=host, generation=-1, step=-1))
+        _end_group(process)
 
     def _write_settings(self) -> None:
         path = self.run.path / "config.json"
@@ -103,21 +110,23 @@ class Supervisor:
         if not self.run.records() and code == 0:
             sys.stderr.write(f"hpc_elastic: {self._name} ended without calling he.run(train): nothing was run\n")
             return EXIT_NEVER_RAN
-        sys.stderr.write(f"hpc_elastic: the job ended early (the launcher ended with {code}); run directory {self.run.path}\n")
+        sys.stderr.write(
+            f"hpc_elastic: the job ended early (the launcher ended with {code}); run directory {self.run.path}\n"
+        )
         return EXIT_FAILED
 
 
 class _Interrupts:
     """Passes SIGINT and SIGTERM on as an end of the job."""
 
-    def __init__(self, end: Callable[[], Any]) -> None:
+    def __init__(self, end: Callable[[str], None]) -> None:
         self.seen = False
         self._end = end
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: Any) -> None:
         self.seen = True
-        self._end()
+        self._end(signal.Signals(number).name)
 
     def restore(self) -> None:
         for number, handler in self._before.items():

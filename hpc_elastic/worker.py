@@ -1,6 +1,6 @@
 """What a newcomer runs: receive the options, then run the user's script, which joins the job where its loop begins.
 
-    python -m hpc_elastic.worker RUN MEMBER
+python -m hpc_elastic.worker RUN MEMBER
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import mpi4py
 mpi4py.rc.initialize = False
 mpi4py.rc.finalize = False
 
-from .comm.arrival import Door, Options, options_file  # noqa: E402
+from .comm.door import Door
+from .comm.messages import Options, options_file  # noqa: E402
 from .comm.waiting import Watch  # noqa: E402
 from .config import DOOR_VARIABLE  # noqa: E402
 from .errors import Retired  # noqa: E402

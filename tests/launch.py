@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_elastic import events
-from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare
+from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare, unmapped
 from hpc_elastic.rundir import RunDirectory
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,9 @@ class Done:
 class Job:
     """A job under way. Use as a context manager: it is ended, and looked after, when the block is left."""
 
-    def __init__(self, command: Sequence[str], *, folder: Path, limit_s: float = 60, environ: dict[str, str] | None = None):
+    def __init__(
+        self, command: Sequence[str], *, folder: Path, limit_s: float = 60, environ: dict[str, str] | None = None
+    ):
         self.mark = uuid.uuid4().hex
         self.limit_s = limit_s
         self._begun = time.monotonic()
@@ -51,7 +53,13 @@ class Job:
         prepare(environment)
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
-                list(command), cwd=folder, env=environment, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True
+                list(command),
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Job:
@@ -84,7 +92,9 @@ class Job:
             stacks = "\n".join(_stack(pid) for pid in self.left())
             self._kill()
             out, err = self.text()
-            raise AssertionError(f"no end within {self.limit_s} s\n--- stacks\n{stacks}\n--- out\n{out}\n--- err\n{err}") from None
+            raise AssertionError(
+                f"no end within {self.limit_s} s\n--- stacks\n{stacks}\n--- out\n{out}\n--- err\n{err}"
+            ) from None
         seconds = time.monotonic() - self._begun
         if clean:
             self._look_for_rests()
@@ -98,7 +108,8 @@ class Job:
             stacks = "\n".join(_stack(pid) for pid in left)
             self._kill()
             raise AssertionError(f"processes left behind: {left}\n{stacks}\n{self.text()}")
-        rests = _shared_memory() - self._shared
+        # Segments that a process maps are another job's.
+        rests = unmapped([Path("/dev/shm") / name for name in _shared_memory() - self._shared])
         assert not rests, f"left in /dev/shm: {rests}\n{self.text()}"
 
     def _kill(self) -> None:
@@ -115,7 +126,9 @@ def _stack(pid: int) -> str:
     if not tool.exists():
         return f"{pid}: no py-spy to show its stack"
     try:
-        done = subprocess.run([tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            [tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"{pid}: no stack within 20 s"
     return done.stdout or f"{pid}: {done.stderr}"

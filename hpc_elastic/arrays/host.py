@@ -17,7 +17,9 @@ def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
-        raise StepError(f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them")
+        raise StepError(
+            f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them"
+        )
     return array
 
 

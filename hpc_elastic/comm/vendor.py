@@ -197,7 +197,9 @@ def find_mpiexec() -> tuple[Path, Vendor]:
     environ = dict(os.environ)
     prepare(environ)
     try:
-        done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=environ, check=False)
+        done = subprocess.run(
+            [found, "--version"], capture_output=True, text=True, timeout=30, env=environ, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{found} --version failed: {error}") from error
     vendor = vendor_of(done.stdout)

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ..model import Generation, Member, Move
-from .arrival import BRIDGE_TAG, Party
+from .messages import BRIDGE_TAG, Party
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
 from .waiting import Watch
 
@@ -78,7 +78,9 @@ class World:
         comm = MPI.COMM_WORLD.Dup()
         mine = Member(id=comm.rank, pid=os.getpid(), host=socket.gethostname(), slot=comm.rank, parks=must_stay())
         world = cls(comm, Generation(0, (mine,)), watch)
-        members = tuple(msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine)))
+        members = tuple(
+            msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine))
+        )
         world.generation = Generation(0, members)
         world.open_user()
         return world
@@ -129,7 +131,9 @@ class World:
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
         """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
         self.watch.request(
-            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE])
+            self.comm.Iallgatherv(
+                [_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE]
+            )
         )
 
     def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:

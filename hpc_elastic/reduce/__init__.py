@@ -33,7 +33,9 @@ class Ranks(Protocol):
 class Form:
     """How a structure of arrays lies in one flat buffer a dtype; metrics lie behind the float64 ones."""
 
-    def __init__(self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], str], ...], metrics: tuple[str, ...]) -> None:
+    def __init__(
+        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], str], ...], metrics: tuple[str, ...]
+    ) -> None:
         self.key = structure, arrays, metrics
         self.structure = structure
         self.metrics = metrics
@@ -148,13 +150,17 @@ class Sum:
         assert self._form is not None
         return self._form
 
-    def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
+    def _across(
+        self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]
+    ) -> Array:
         """Sum over all ranks, for one dtype; `there` are the partial sums that every rank has."""
         if not length:
             return np.empty(0, dtype)
         most = max(len(nodes) for nodes in there)
         together = most * length * dtype.itemsize <= SMALL_BYTES
-        cuts = [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
+        cuts = (
+            [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
+        )
         low, high = cuts[ranks.rank]
         counts = [len(nodes) * (high - low) for nodes in there]
         parts = np.empty(sum(counts), dtype)
@@ -162,7 +168,9 @@ class Sum:
             ranks.all_parts(_joined(mine, dtype), parts, counts)
         else:
             pieces = [values[start:stop] for start, stop in cuts for values in mine]
-            ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
+            ranks.swap_parts(
+                _joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts
+            )
         tree: TreeSum[Array] = TreeSum(lambda left, right: np.add(left, right, out=left))
         rows = iter(parts.reshape(-1, high - low) if high > low else [parts] * sum(map(len, there)))
         for nodes in there:

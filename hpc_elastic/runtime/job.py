@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..comm.arrival import Door, Report
+from ..comm.door import Door
+from ..comm.messages import Report
 from ..comm.waiting import Watch
 from ..errors import ArrayError, ConfigError, JobError, Retired
 from ..model import Cursor, Generation, Member
@@ -18,9 +20,10 @@ from ..redistribute import DistributedArray
 from ..reduce import Sum
 from ..sampler import Order, microbatches, steps_per_epoch
 from ..state import Registry
-from .leader import Here, Leader
+from .leader import Leader
 from .offices import first_office, make_leader
 from .plan import Plan, Tally
+from .reports import Here
 from .session import Session, peak_bytes
 from .step import Samples, Step
 from .transition import Outcome, Stages, Transition
@@ -53,7 +56,7 @@ class Job:
         self._tethers: dict[int, World] = {}
         self._leader: Leader | None = None
         self._loop = 0
-        self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, (), ())
+        self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, "samples")
         self._began = session.clock()
         self._watch = world.watch if world is not None else Watch(session.check)
         if world is not None and world.rank == 0:
@@ -68,7 +71,9 @@ class Job:
 
     def _joined(self) -> World:
         if self._world is None:
-            raise JobError("this rank has not joined the job yet: it does so where the loop over job.steps or job.loop begins")
+            raise JobError(
+                "this rank has not joined the job yet: it does so where the loop over job.steps or job.loop begins"
+            )
         return self._world
 
     @property
@@ -165,7 +170,7 @@ class Job:
         per_epoch = self._check_steps(len(data), epochs, batch, leaves)
         order = Order(len(data), self._session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self._joined)
-        for cursor in self._turns(epochs * per_epoch, epochs):
+        for cursor in self._turns(epochs * per_epoch, epochs, "samples"):
             start = cursor.position
             size = min(batch, len(data) - start)
             cuts = microbatches(start, start + size, leaves)
@@ -174,20 +179,26 @@ class Job:
             step.finish()
             self._write_ledger(step)
             last = start + size == len(data)
-            after = Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, start + size, cursor.step + 1)
+            after = (
+                Cursor(cursor.epoch + 1, 0, cursor.step + 1)
+                if last
+                else Cursor(cursor.epoch, start + size, cursor.step + 1)
+            )
             self._advance(after, size, step.metrics, end_of_epoch=last)
 
     def loop(self, n: int) -> Iterator[int]:
         """Yield 0 … `n` - 1; each turn is a resize point. For jobs without a data set."""
         if n < 0:
             raise ConfigError(f"job.loop({n}): the number of turns must not be negative")
-        for cursor in self._turns(n, 1):
+        for cursor in self._turns(n, 1, "turns"):
             yield cursor.step
             self._advance(Cursor(0, 0, cursor.step + 1), 1, {}, end_of_epoch=cursor.step + 1 == n)
 
     def _check_steps(self, samples: int, epochs: int, batch: int, leaves: int) -> int:
         if epochs < 0 or batch < 1:
-            raise ConfigError(f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1")
+            raise ConfigError(
+                f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1"
+            )
         if min(samples, batch) < leaves:
             raise ConfigError(
                 f"{leaves} microbatches, but only {min(samples, batch)} samples in a batch: lower the setting microbatches, "
@@ -198,11 +209,11 @@ class Job:
             raise ConfigError(f"max = {limit} ranks can't share {leaves} microbatches: raise microbatches or lower max")
         return steps_per_epoch(samples, batch)
 
-    def _turns(self, total: int, epochs: int) -> Iterator[Cursor]:
+    def _turns(self, total: int, epochs: int, unit: str) -> Iterator[Cursor]:
         """Yield the cursor at every turn, after the resize point."""
         self._loop += 1
         names, arrays = tuple(self._registry.names()), tuple(self._arrays)
-        self._here = Here(self._loop, Cursor(), Tally(began=time.time()), epochs, total, arrays, names)
+        self._here = Here(self._loop, Cursor(), Tally(began=time.time()), epochs, total, unit, arrays, names)
         if self._world is None:
             if not self._join():
                 return
@@ -217,10 +228,10 @@ class Job:
         here = self._here
         tally = here.tally.plus(samples, metrics)
         if end_of_epoch and self._leader is not None:
-            self._leader.epoch(Here(here.loop, here.cursor, tally, here.epochs, here.steps, (), ()))
+            self._leader.reports.epoch(replace(here, tally=tally), self._leader.world.size)
         if end_of_epoch and cursor.step < here.steps:
             tally = Tally(began=time.time())
-        self._here = Here(here.loop, cursor, tally, here.epochs, here.steps, here.arrays, here.names)
+        self._here = replace(here, cursor=cursor, tally=tally)
 
     # --- resize points ------------------------------------------------------------------------------------------------
 
@@ -252,9 +263,9 @@ class Job:
             arrivals = self._leader.arrivals() if self._leader is not None else None
         transition = Transition(self._registry, self._arrays, stages)
         outcome = transition.of_member(world, plan, arrivals)
-        self._settle(plan, outcome, stages, before=world.size)
+        self._settle(plan, outcome, stages)
 
-    def _settle(self, plan: Plan, outcome: Outcome, stages: Stages, *, before: int) -> None:
+    def _settle(self, plan: Plan, outcome: Outcome, stages: Stages) -> None:
         if outcome.tether is not None:
             self._tethers[plan.generation] = outcome.tether
         if outcome.world is None:
@@ -268,7 +279,7 @@ class Job:
         else:
             self._leader.world = outcome.world
         if self._leader is not None:
-            self._leader.resized(plan, before, stages.seconds, outcome.state_bytes, outcome.moved_bytes)
+            self._leader.resized(plan, stages.seconds, outcome.state_bytes, outcome.moved_bytes)
 
     def _leave(self, plan: Plan) -> None:
         """End this rank's part: unwind, or sleep until it is wanted again."""
@@ -315,10 +326,9 @@ class Job:
         transition = Transition(self._registry, self._arrays, stages)
         plan, outcome = transition.of_newcomer(door, self._watch)
         self._door = None
-        here = self._here
-        self._here = Here(plan.loop, plan.cursor, plan.tally, plan.epochs, plan.steps, here.arrays, here.names)
+        self._here = replace(self._here, cursor=plan.cursor, tally=plan.tally)
         self._session.record(self._member, "member")
-        self._settle(plan, outcome, stages, before=len(plan.members) - plan.joining)
+        self._settle(plan, outcome, stages)
         return True
 
     # --- records ------------------------------------------------------------------------------------------------------
@@ -345,7 +355,9 @@ class Job:
     def end(self) -> None:
         """End the job, after the user's function returned on all ranks. Collective."""
         if self._world is None:
-            raise ConfigError("the function given to he.run came to its end without a loop: newcomers join in job.steps or job.loop")
+            raise ConfigError(
+                "the function given to he.run came to its end without a loop: newcomers join in job.steps or job.loop"
+            )
         self._world.barrier()
         if self._leader is not None:
             self._leader.end(self._here, stopped=self.stopped)

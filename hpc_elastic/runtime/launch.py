@@ -23,7 +23,7 @@ from ..rundir import Failure, RunDirectory
 from .session import Script, Session, alive, open_run, packed, seed_config, unpacked
 
 if TYPE_CHECKING:
-    from ..comm.arrival import Door
+    from ..comm.door import Door
     from .job import Job
 
 T = TypeVar("T")
@@ -131,9 +131,7 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
     session = Session(config, open_run(config, script), script, time.time())
     log = events.EventLog(session.run.events)
     hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
-    log.write(
-        events.Started(script=script.name, mpi=library(), hosts=hosts, ranks=world.size, settings=packed(config))
-    )
+    log.write(events.Started(script=script.name, mpi=library(), hosts=hosts, ranks=world.size, settings=packed(config)))
     return session
 
 
@@ -221,7 +219,7 @@ def _stand_in(run: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     waiter = Path(__file__).parent.parent / "standin.py"
-    os.execv(sys.executable, [sys.executable, "-S", "-E", str(waiter), str(run)])
+    os.execv(sys.executable, [sys.executable, "-I", "-S", str(waiter), str(run)])
 
 
 def _fail(job: Job, error: BaseException) -> None:
@@ -244,7 +242,13 @@ def _fail(job: Job, error: BaseException) -> None:
     if own:
         trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
         failure = Failure(
-            error=text, traceback=trace, member=member.id, rank=rank, host=socket.gethostname(), generation=generation, step=step
+            error=text,
+            traceback=trace,
+            member=member.id,
+            rank=rank,
+            host=socket.gethostname(),
+            generation=generation,
+            step=step,
         )
         first = session.run.fail(failure)
         if first:
@@ -263,7 +267,7 @@ def _fail(job: Job, error: BaseException) -> None:
         )
         status = session.run.status()
         if status is not None:
-            session.run.put_status(msgspec.structs.replace(status, state="failed", time=time.time()))
+            session.run.put_status(msgspec.structs.replace(status, state="failed", step=step, time=time.time()))
     _be_quiet()
     _end_without_mpi()
     raise RankError(message) from (error if first else None)
@@ -280,7 +284,7 @@ def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
 
 def turn_back(door: Door, member: Member, why: str) -> None:
     """Tell the leader why this newcomer can't come, and end. It is no part of the job yet, so this is no failure of it."""
-    from ..comm.arrival import Report
+    from ..comm.messages import Report
 
     door.report(Report(member=member, error=why))
     raise SystemExit(0)
@@ -330,4 +334,3 @@ def _end_without_mpi() -> None:
         os._exit(1)
 
     atexit.register(leave)
-

@@ -1,57 +1,44 @@
-"""The leader's duties at every turn: the broker, the policy, people's requests, the newcomers, and the run's reports."""
+"""The leader's duties at every turn: the broker, the policy, people's requests, and the newcomers under way."""
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from .. import events
-from ..comm.arrival import Arrival, Arrivals, Options
+from ..comm.arrival import Arrival, Arrivals
+from ..comm.messages import Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
-from ..model import Cursor, Member, Observation, Resize
-from ..policy import check, leaving, newcomers
-from ..progress import Progress
-from ..rundir import Answer, Status
-from .plan import Office, Parked, Plan, Tally
+from ..model import Member, Observation, Resize, Supply
+from ..policy import check, give_back, leaving, newcomers
+from ..rundir import Answer
+from .plan import Office, Parked, Plan
+from .reports import Here, Reports
 from .session import alive, peak_bytes
 
 if TYPE_CHECKING:
     from ..comm.world import World
     from ..protocols import Broker, Policy
-    from ..redistribute import DistributedArray
     from .session import Session
 
 INBOX_EVERY_S = 0.1
 STATUS_EVERY_S = 0.25
+BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
+LONGEST_BACK_OFF_S = 320.0
 
 
 @dataclass
 class UnderWay:
-    """A resize between its decision and its commit."""
+    """A resize between its decision and its commit; one that the broker forces is none of the policy's decisions."""
 
     resize: Resize
     leavers: tuple[int, ...]
     arrivals: Arrivals | None
     decided_s: float
-    stages: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Here:
-    """Where the job is, at a turn of its loop."""
-
-    loop: int
-    cursor: Cursor
-    tally: Tally
-    epochs: int
-    steps: int
-    arrays: tuple[DistributedArray, ...]
-    names: tuple[str, ...]
+    forced: bool
 
 
 class Leader:
@@ -80,12 +67,11 @@ class Leader:
         self.broker = broker
         self.policy = policy
         self.tethers = tethers
-        self.log = events.EventLog(session.run.events)
-        self.progress = Progress.of_leader(session.config.progress)
+        self.reports = Reports(session)
         self._under_way: UnderWay | None = None
-        self._stop: list[str] = []
+        self._stops = False
         self._next_inbox = self._next_status = 0.0
-        self._rate = (0.0, 0)
+        self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
 
     # --- at every turn ------------------------------------------------------------------------------------------------
 
@@ -97,8 +83,9 @@ class Leader:
             self._read_inbox(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
-            self.report(here, "running")
-        if self._stop:
+            under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
+            self.reports.status(here, self.world, self.office, "running", under_way)
+        if self._stops:
             return "stop"
         # A resize is done when its leavers are gone: only then their slots can be had again.
         if self.session.config.hold:
@@ -112,13 +99,14 @@ class Leader:
                 return self._plan(here)
         return None
 
+    def _poll(self, here: Here) -> Supply:
+        return self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+
     def _decide(self, here: Here) -> None:
-        office = self.office
-        seconds = self.session.seconds()
-        supply = self.broker.poll(here.cursor.step, seconds, max(office.peak_bytes, 1))
+        office, supply = self.office, self._poll(here)
         seen = Observation(
             step=here.cursor.step,
-            time_s=seconds,
+            time_s=self.session.seconds(),
             ranks=self.world.size,
             min_ranks=self.session.config.min_ranks,
             max_ranks=office.max_ranks,
@@ -126,36 +114,40 @@ class Leader:
             decided=office.decided,
             asked=office.asked,
         )
+        forced = give_back(seen)
+        if forced is not None:
+            # Those leave whose slots the broker takes back.
+            slots = {lease.slot for lease in supply.revoked}
+            ranks = [rank for rank, member in enumerate(self.world.generation.members) if member.slot in slots]
+            leavers = tuple(ranks[: self.world.size - forced.ranks])
+            self._begin(here, msgspec.structs.replace(forced, leavers=leavers), forced=True)
+            return
         resize = self.policy.decide(seen)
-        if resize is None:
-            return
-        # Slots that the broker takes back must be those that get free.
-        revoked = {lease.slot for lease in supply.revoked}
-        forced = tuple(rank for rank, member in enumerate(self.world.generation.members) if member.slot in revoked)
-        wanted = msgspec.structs.replace(resize, leavers=tuple(dict.fromkeys((*resize.leavers, *forced))))
-        wanted = msgspec.structs.replace(wanted, leavers=wanted.leavers[: self.world.size])
-        self._begin(here, wanted)
+        failed, retry_at, _ = self._failed
+        if resize is not None and (resize.ranks != failed or self.session.clock() >= retry_at):
+            self._begin(here, resize, forced=False)
 
-    def _begin(self, here: Here, resize: Resize) -> None:
-        size = self.world.size
-        self.log.write(events.Decided(step=here.cursor.step, before=size, after=resize.ranks, reason=resize.reason))
+    def _begin(self, here: Here, resize: Resize, *, forced: bool) -> None:
+        size, config = self.world.size, self.session.config
+        event = events.Decided(step=here.cursor.step, before=size, after=resize.ranks, reason=resize.reason)
+        self.reports.log.write(event)
         try:
-            config = self.session.config
-            check(resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
-            leavers = leaving(size, resize)
-            arrivals = self._invite(newcomers(size, resize))
+            check(
+                resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks
+            )
+            arrivals = self._invite(here, newcomers(size, resize))
         except ResizeRefused as refusal:
-            self._served(here, resize, str(refusal))
+            self._refused(here, resize, str(refusal), forced=forced)
             return
-        self._under_way = UnderWay(resize, leavers, arrivals, self.session.clock(), {})
+        self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced)
         self._next_status = 0.0
 
-    def _invite(self, n: int) -> Arrivals | None:
+    def _invite(self, here: Here, n: int) -> Arrivals | None:
         if n == 0:
             return None
         held = {lease.slot for lease in self.office.leases}
         self.broker.request(n, self.session.seconds() + self.session.config.deadline_s)
-        leases = self.broker.poll(0, self.session.seconds(), max(self.office.peak_bytes, 1)).leases
+        leases = self._poll(here).leases
         new = [lease for lease in leases if lease.slot not in held]
         if len(new) < n:
             self.broker.release(tuple(new))
@@ -219,12 +211,16 @@ class Leader:
         for arrival in joining:
             assert arrival.report is not None
             report = arrival.report
-            self.log.write(events.Ready(member=report.member.id, host=report.member.host, stages={"spawn": arrival.spawn_s, **report.stages}))
+            self.reports.log.write(
+                events.Ready(
+                    member=report.member.id, host=report.member.host, stages={"spawn": arrival.spawn_s, **report.stages}
+                )
+            )
         number = old.number + 1
         reports = [arrival.report for arrival in joining if arrival.report is not None]
         if any(old.members[rank].parks for rank in way.leavers) and not self.office.told_of_parking:
             self.office = msgspec.structs.replace(self.office, told_of_parking=True)
-            self._say(
+            self.reports.say(
                 "ranks that the launcher started together can't be ended singly: they are put to sleep, and come back first; "
                 "start with -n 1 to avoid that"
             )
@@ -234,8 +230,8 @@ class Leader:
         )
         self.office = msgspec.structs.replace(
             self.office,
-            decided=self.office.decided + 1,
-            asked=None,
+            decided=self.office.decided + (not way.forced),
+            asked=self.office.asked if way.forced else None,
             leaving=(*self.office.leaving, *(old.members[rank] for rank in way.leavers)),
             parked=parked,
             peak_bytes=max([self.office.peak_bytes, peak_bytes(), *(report.peak_bytes for report in reports)]),
@@ -252,18 +248,12 @@ class Leader:
             tally=here.tally,
             office=self.office,
             forms=tuple(array.form() for array in here.arrays),
-            epochs=here.epochs,
-            steps=here.steps,
         )
 
     def arrivals(self) -> Arrivals | None:
         """Return the newcomers that the plan takes in; they are the transition's from now on."""
         way, self._under_way = self._under_way, None
         return way.arrivals if way is not None else None
-
-    def _say(self, text: str) -> None:
-        self.log.write(events.Notice(text=text))
-        sys.stderr.write(f"hpc_elastic: {text}\n")
 
     # --- what becomes of a resize -------------------------------------------------------------------------------------
 
@@ -273,7 +263,9 @@ class Leader:
         assert way is not None
         self._under_way = None
         self._dismiss(way)
-        self._served(here, way.resize, reason)
+        _, _, back_off = self._failed
+        self._failed = (way.resize.ranks, self.session.clock() + back_off, min(2 * back_off, LONGEST_BACK_OFF_S))
+        self._refused(here, way.resize, reason, forced=way.forced)
 
     def _dismiss(self, way: UnderWay) -> None:
         if way.arrivals is None:
@@ -284,31 +276,17 @@ class Leader:
         self.broker.release(gone)
         self.office = msgspec.structs.replace(self.office, leases=tuple(x for x in self.office.leases if x not in gone))
 
-    def _served(self, here: Here, resize: Resize, refusal: str) -> None:
-        self.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=refusal))
-        self._say(f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {refusal}")
-        self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
+    def _refused(self, here: Here, resize: Resize, why: str, *, forced: bool) -> None:
+        self.reports.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=why))
+        if resize.ranks != self.world.size or resize.leavers:
+            self.reports.say(f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {why}")
+        if not forced:
+            self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
 
-    def resized(self, plan: Plan, before: int, stages: dict[str, float], state_bytes: int, moved_bytes: int) -> None:
+    def resized(self, plan: Plan, stages: dict[str, float], state_bytes: int, moved_bytes: int) -> None:
         """Report a resize that was carried out. Called on the leader of the new generation."""
-        joined = plan.members[len(plan.members) - plan.joining :]
-        self.log.write(
-            events.Resized(
-                generation=plan.generation,
-                step=plan.cursor.step,
-                epoch=plan.cursor.epoch,
-                before=before,
-                after=self.world.size,
-                joined=tuple(member.id for member in joined),
-                left=tuple(plan.members[rank].id for rank in plan.leavers),
-                reason=plan.reason,
-                stages=stages,
-                standstill_s=sum(stages.values()),
-                wait_s=plan.wait_s,
-                state_bytes=state_bytes,
-                moved_bytes=moved_bytes,
-            )
-        )
+        self.reports.resized(plan, self.world.size, stages, state_bytes, moved_bytes)
+        self._failed = (0, 0.0, BACK_OFF_S)
         self._next_status = 0.0
 
     def _all_gone(self) -> bool:
@@ -342,7 +320,7 @@ class Leader:
             if request is None or request.kind not in ("resize", "stop"):
                 self.session.run.answer(name, Answer(accepted=False, text="the request can't be read"))
             elif request.kind == "stop":
-                self._stop.append(name)
+                self._stops = True
                 self.session.run.answer(name, Answer(accepted=True, text=f"the job stops at step {here.cursor.step}"))
             else:
                 self.session.run.answer(name, self._asked(here, request.ranks))
@@ -350,69 +328,33 @@ class Leader:
     def _asked(self, here: Here, ranks: int) -> Answer:
         if self._under_way is not None or self.office.asked is not None or not self._all_gone():
             if not self._all_gone():
-                return Answer(accepted=False, text="a resize is under way, its leavers are still ending: ask again in a moment")
+                return Answer(
+                    accepted=False, text="a resize is under way, its leavers are still ending: ask again in a moment"
+                )
             to = self._under_way.resize.ranks if self._under_way is not None else self.office.asked
             return Answer(accepted=False, text=f"a resize to {to} ranks is under way: ask again when it is done")
         config, size = self.session.config, self.world.size
         if config.policy != "manual":
-            return Answer(accepted=False, text=f'the job decides by itself (policy = "{config.policy}"): start it with policy = "manual"')
+            return Answer(
+                accepted=False,
+                text=f'the job decides by itself (policy = "{config.policy}"): start it with policy = "manual"',
+            )
         try:
             check(ranks, leavers=(), now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
-            supply = self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+            supply = self._poll(here)
             if ranks > size + supply.offered:
-                raise ResizeRefused(f"{ranks} ranks asked for, but only {size + supply.offered} can be had: {supply.why}")
+                raise ResizeRefused(
+                    f"{ranks} ranks asked for, but only {size + supply.offered} can be had: {supply.why}"
+                )
         except ResizeRefused as refusal:
-            self.log.write(events.Refused(step=here.cursor.step, ranks=ranks, reason=str(refusal)))
+            self.reports.log.write(events.Refused(step=here.cursor.step, ranks=ranks, reason=str(refusal)))
             return Answer(accepted=False, text=str(refusal))
         self.office = msgspec.structs.replace(self.office, asked=ranks)
         return Answer(accepted=True, text=f"{size} -> {ranks} ranks")
-
-    # --- reports ------------------------------------------------------------------------------------------------------
-
-    def epoch(self, here: Here) -> None:
-        """Report the end of an epoch."""
-        tally = here.tally
-        self.log.write(
-            events.Epoch(
-                epoch=here.cursor.epoch,
-                step=here.cursor.step,
-                ranks=self.world.size,
-                samples=tally.samples,
-                seconds=time.time() - tally.began,
-                metrics=tally.means(),
-            )
-        )
-
-    def report(self, here: Here, state: str) -> None:
-        """Rewrite the status, and show it."""
-        seconds = time.time() - here.tally.began
-        status = Status(
-            state=state,
-            time=time.time(),
-            started=self.session.started,
-            generation=self.world.generation.number,
-            ranks=self.world.size,
-            members=self.world.generation.members,
-            parked=len(self.office.parked),
-            epoch=here.cursor.epoch,
-            epochs=here.epochs,
-            step=here.cursor.step,
-            steps=here.steps,
-            samples_per_s=here.tally.samples / seconds if seconds > 0 else 0.0,
-            metrics=here.tally.means(),
-            under_way=f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else "",
-            peak_bytes=max(self.office.peak_bytes, peak_bytes()),
-        )
-        self.session.run.put_status(status)
-        self.progress.show(status)
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
         if self._under_way is not None:
             self._dismiss(self._under_way)
             self._under_way = None
-        self.log.write(
-            events.Ended(steps=here.cursor.step, seconds=self.session.seconds(), ranks=self.world.size, stopped=stopped)
-        )
-        self.report(here, "stopped" if stopped else "ended")
-        self.progress.close()
+        self.reports.end(here, self.world, self.office, stopped=stopped)

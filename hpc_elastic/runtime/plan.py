@@ -77,8 +77,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     tally: Tally
     office: Office
     forms: tuple[Form, ...]
-    epochs: int = 0
-    steps: int = 0
 
     @property
     def parks(self) -> bool:

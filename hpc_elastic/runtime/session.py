@@ -34,7 +34,9 @@ class Script:
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
         if file is None:
-            raise ConfigError("he.run needs a script file or a module that newcomers can run; it can't run from a prompt")
+            raise ConfigError(
+                "he.run needs a script file or a module that newcomers can run; it can't run from a prompt"
+            )
         module = "" if spec is None else spec.name.removesuffix(".__main__")
         argv = [str(Path(file).absolute()), *sys.argv[1:]]
         return cls(argv, module, list(sys.path), str(Path.cwd()))

@@ -19,7 +19,9 @@ from .plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ..comm.arrival import Arrivals, Door, Party
+    from ..comm.arrival import Arrivals
+    from ..comm.door import Door
+    from ..comm.messages import Party
     from ..comm.waiting import Watch
     from ..redistribute import DistributedArray
     from ..state import Registry

@@ -1,6 +1,6 @@
 """The main job, twice: on one static rank, and going 1 -> 3 -> 2 with rank 0 leaving; both must end with the same bits.
 
-    python -m jobs.image.demo
+python -m jobs.image.demo
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ RUNS = Path("runs")
 def job(name: str, epochs: int, data: str, options: list[str]) -> tuple[str, float]:
     """Run the job with `options` of hpc-elastic run; return the weights' SHA-256 and the accuracy."""
     run = RUNS / f"demo-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    command = ["hpc-elastic", "run", "--run-dir", str(run), *options, "-m", "jobs.image.train", "--epochs", str(epochs), "--data", data]
+    command = [
+        "hpc-elastic",
+        "run",
+        "--run-dir",
+        str(run),
+        *options,
+        "-m",
+        "jobs.image.train",
+        "--epochs",
+        str(epochs),
+        "--data",
+        data,
+    ]
     print(f"\n$ {' '.join(command)}", flush=True)
     program = [sys.executable, "-m", "hpc_elastic.cli", *command[1:]]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
@@ -50,7 +62,9 @@ def main() -> None:
     static, _ = job("static", settings.epochs, settings.data, [])
     elastic, accuracy = job("elastic", settings.epochs, settings.data, ["--slots", "4", "--timetable", "40:3,500:2-0"])
     same = static == elastic
-    print(f"\nstatic  {static}\nelastic {elastic}\n{'the same bits' if same else 'DIFFERENT BITS'}, accuracy {accuracy:.4f}")
+    print(
+        f"\nstatic  {static}\nelastic {elastic}\n{'the same bits' if same else 'DIFFERENT BITS'}, accuracy {accuracy:.4f}"
+    )
     if not same or accuracy < LEAST_ACCURACY:
         sys.exit(1)
 

@@ -15,7 +15,9 @@ SOON_S = 5.0
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_exception_on_one_rank(rank, shards, tmp_path):
     script = [SCRIPTS / "softmax.py", shards, 3, "--fail", f"{rank}:30", "--pause", 0.01]
-    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", "--hold", *script), folder=tmp_path) as job:
+    with Job(
+        hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", "--hold", *script), folder=tmp_path
+    ) as job:
         run = tmp_path / "r"
         until(lambda: (run / "failure.json").exists())
         done = job.wait()
@@ -41,7 +43,9 @@ def test_exception_on_one_rank(rank, shards, tmp_path):
 def test_ends_itself_on_one_rank(how, rank, shards, tmp_path):
     """sys.exit, or the end of the process itself, in the midst of the job."""
     script = [SCRIPTS / "softmax.py", shards, 3, "--fail", f"{rank}:30", "--how", how, "--pause", 0.01]
-    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--timetable", "3:2", "--hold", *script), folder=tmp_path) as job:
+    with Job(
+        hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--timetable", "3:2", "--hold", *script), folder=tmp_path
+    ) as job:
         done = job.wait(clean=how == "exit")
     assert done.code == 1
     failure = RunDirectory(tmp_path / "r").failure()
@@ -108,7 +112,9 @@ def test_job_ends_while_newcomers_warm_up(tmp_path):
     """Newcomers that come too late are sent away, deep in their imports or not."""
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(before="", setup="job.joined or time.sleep(60)"))
-    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", file), folder=tmp_path, limit_s=30) as job:
+    with Job(
+        hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", file), folder=tmp_path, limit_s=30
+    ) as job:
         done = job.wait()
     assert done.code == 0, done.err
     assert done.value("ranks") == "1"

@@ -28,7 +28,9 @@ def data(tmp_path_factory):
 
 def train(data, folder, *options, epochs=EPOCHS):
     """Run the image job."""
-    command = hpc_elastic("run", "--run-dir", "r", *options, "-m", "jobs.image.train", "--epochs", epochs, "--folder", data)
+    command = hpc_elastic(
+        "run", "--run-dir", "r", *options, "-m", "jobs.image.train", "--epochs", epochs, "--folder", data
+    )
     with Job(command, folder=folder, limit_s=180) as job:
         done = job.wait()
     assert done.code == 0, done.err
@@ -54,4 +56,3 @@ def test_accuracy(data, tmp_path):
     done = train(data, tmp_path, epochs=3)
     assert float(done.value("accuracy").split()[0]) >= 0.92
     assert len([line for line in done.out.splitlines() if line.startswith(("actual", "predicted"))]) == 2
-

@@ -10,7 +10,12 @@ from hpc_elastic.rundir import RunDirectory
 from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python, resizes
 
 EPOCHS = 3
-GROW = {"HPC_ELASTIC_SLOTS": "5", "HPC_ELASTIC_RUN_DIR": "r", "HPC_ELASTIC_POLICY": "timetable", "HPC_ELASTIC_HOLD": "true"}
+GROW = {
+    "HPC_ELASTIC_SLOTS": "5",
+    "HPC_ELASTIC_RUN_DIR": "r",
+    "HPC_ELASTIC_POLICY": "timetable",
+    "HPC_ELASTIC_HOLD": "true",
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,9 @@ def test_parked_leader(shards, static, tmp_path):
 def test_module(tmp_path):
     """A script run as a module: newcomers run the same module."""
     options = ["--run-dir", "r", "--slots", 3, "--timetable", "20:3,60:1-0", "--hold"]
-    with Job(hpc_elastic("run", *options, "-m", "jobs.heat2d.heat", "--size", 33, "--turns", 90, "--check"), folder=tmp_path) as job:
+    with Job(
+        hpc_elastic("run", *options, "-m", "jobs.heat2d.heat", "--size", 33, "--turns", 90, "--check"), folder=tmp_path
+    ) as job:
         done = job.wait()
     assert done.code == 0, done.err
     assert "equal to one process" in done.out

@@ -1,0 +1,113 @@
+"""What the leader reports: events, the status, the progress on the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import events
+from ..progress import Progress
+from ..rundir import Status
+from .session import peak_bytes
+
+if TYPE_CHECKING:
+    from ..comm.world import World
+    from ..model import Cursor
+    from ..redistribute import DistributedArray
+    from .plan import Office, Plan, Tally
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where the job is, at a turn of its loop."""
+
+    loop: int
+    cursor: Cursor
+    tally: Tally
+    epochs: int
+    steps: int
+    unit: str
+    arrays: tuple[DistributedArray, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+class Reports:
+    """Writes for the leader."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.log = events.EventLog(session.run.events)
+        self._progress = Progress.of_leader(session.config.progress)
+
+    def say(self, text: str) -> None:
+        """Tell people, on the terminal and in the events."""
+        self.log.write(events.Notice(text=text))
+        sys.stderr.write(f"hpc_elastic: {text}\n")
+
+    def epoch(self, here: Here, ranks: int) -> None:
+        """Report the end of an epoch."""
+        self.log.write(
+            events.Epoch(
+                epoch=here.cursor.epoch,
+                step=here.cursor.step,
+                ranks=ranks,
+                samples=here.tally.samples,
+                seconds=time.time() - here.tally.began,
+                metrics=here.tally.means(),
+            )
+        )
+
+    def resized(self, plan: Plan, after: int, stages: dict[str, float], state_bytes: int, moved_bytes: int) -> None:
+        """Report a resize that was carried out."""
+        before = len(plan.members) - plan.joining
+        self.log.write(
+            events.Resized(
+                generation=plan.generation,
+                step=plan.cursor.step,
+                epoch=plan.cursor.epoch,
+                before=before,
+                after=after,
+                joined=tuple(member.id for member in plan.members[before:]),
+                left=tuple(plan.members[rank].id for rank in plan.leavers),
+                reason=plan.reason,
+                stages=stages,
+                standstill_s=sum(stages.values()),
+                wait_s=plan.wait_s,
+                state_bytes=state_bytes,
+                moved_bytes=moved_bytes,
+            )
+        )
+
+    def status(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> None:
+        """Rewrite the status, and show it."""
+        seconds = time.time() - here.tally.began
+        status = Status(
+            state=state,
+            time=time.time(),
+            started=self._session.started,
+            generation=world.generation.number,
+            ranks=world.size,
+            members=world.generation.members,
+            parked=len(office.parked),
+            epoch=here.cursor.epoch,
+            epochs=here.epochs,
+            step=here.cursor.step,
+            steps=here.steps,
+            unit=here.unit,
+            samples_per_s=here.tally.samples / seconds if seconds > 0 else 0.0,
+            metrics=here.tally.means(),
+            under_way=under_way,
+            peak_bytes=max(office.peak_bytes, peak_bytes()),
+        )
+        self._session.run.put_status(status)
+        self._progress.show(status)
+
+    def end(self, here: Here, world: World, office: Office, *, stopped: bool) -> None:
+        """Report the end of the job."""
+        seconds = self._session.seconds()
+        self.log.write(events.Ended(steps=here.cursor.step, seconds=seconds, ranks=world.size, stopped=stopped))
+        self.status(here, world, office, "stopped" if stopped else "ended")
+        self._progress.close()
