@@ -26,9 +26,7 @@ class Record:
     context: dict[str, Any]
 
 
-def record(
-    metric: str, values: Sequence[float], unit: str, context: dict[str, Any], goal: float | None = None
-) -> Record:
+def record(metric: str, values: Sequence[float], unit: str, context: dict[str, Any], goal: float | None = None) -> Record:
     """Return the record of `values`, of which lower ones are better."""
     values = [float(value) for value in values]
     median = statistics.median(values)

@@ -1,4 +1,4 @@
-"""How long the training ranks stand still at a resize, and how long a newcomer takes: 1 -> 2 -> 4 -> 2 -> 1, again and again.
+"""How long the training ranks stand still at a resize, and how long a newcomer takes: 1 -> 2 -> 4 -> 2 -> 1, repeated.
 
     python -m benchmarks.resize --json [--job numpy] [--cycles 10]
 
@@ -72,10 +72,8 @@ def stalls_s(change: events.Resized, stamps: dict[int, np.ndarray]) -> float:
     """Return how long the slowest rank was held up within steps, between the decision and the commit of `change`."""
     found = [0.0]
     for rows in stamps.values():
-        window = rows[
-            (rows[:, 1] > change.time - change.wait_s - change.standstill_s - 0.05) & (rows[:, 0] < change.step)
-        ]
-        if len(window) < 3:  # noqa: PLR2004
+        window = rows[(rows[:, 1] > change.time - change.wait_s - change.standstill_s - 0.05) & (rows[:, 0] < change.step)]
+        if len(window) < 3:
             continue
         took = np.diff(window[:, 2])
         over = took - np.median(took)
@@ -94,8 +92,7 @@ def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
         held_ms = [1e3 * stalls_s(change, stamps) if grows else 0.0 for change in these]
         total_ms = [1e3 * boundary_s(change, stamps) + held for change, held in zip(these, held_ms, strict=True)]
         stages = {
-            stage: round(1e3 * statistics.median(c.stages.get(stage, 0.0) for c in these), 2)
-            for stage in these[0].stages
+            stage: round(1e3 * statistics.median(c.stages.get(stage, 0.0) for c in these), 2) for stage in these[0].stages
         }
         if grows:
             stages = {"spawn": round(statistics.median(held_ms), 2), **stages}

@@ -3,14 +3,14 @@
 Exit codes: 0 done, 1 the job failed or a needed check did, 2 wrong usage or settings, 3 the script never called he.run,
 4 no such run or not running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.
 """
-# ruff: noqa: PLC0415, D301 - each command imports what it needs, so that the others start fast; \b is click's
+# ruff: noqa: D301 - each command imports what it needs, so that the others start fast; \b is click's
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator  # noqa: TC003 - Typer reads annotations
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -73,19 +73,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
 
 
 @app.command(context_settings={"allow_interspersed_args": False}, no_args_is_help=True)
-def run(  # noqa: PLR0913, PLR0917 - the options that people use, each with its help
+def run(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="Script that calls he.run, or with -m a module.")],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGUMENT", help="The script's own arguments.")
-    ] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENT", help="The script's own arguments.")] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as in `python -m`.")] = False,
     minimum: Annotated[int | None, typer.Option("--min", help="Fewest ranks.")] = None,
     maximum: Annotated[int | None, typer.Option("--max", help="Most ranks; by default as many as slots.")] = None,
@@ -268,7 +264,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command(no_args_is_help=True)
-def pack(  # noqa: PLR0913, PLR0917 - as above
+def pack(
     sources: Annotated[
         list[Path], typer.Argument(metavar="SOURCE", help="idx(.gz) or npz files, or a folder of PNG/JPEG images.")
     ],

@@ -1,4 +1,4 @@
-"""The job's settings: one typed struct, filled from defaults, the script, a TOML file, the environment and the command line."""
+"""The job's settings: one typed struct, filled from defaults, the script, a TOML file, the environment, the command line."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run_dir: str = ""
     progress: Literal["auto", "plain", "off"] = "auto"
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: C901  (a list of contradictions)
         """Raise `ConfigError` where settings contradict each other."""
         for name in ("min", "ranks", "microbatches", "cores_per_rank"):
             value = getattr(self, "min_ranks" if name == "min" else name)

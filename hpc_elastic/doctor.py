@@ -224,9 +224,7 @@ def _shared_memory() -> Check:
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     text = f"{SHARED_MEMORY}: {decimal(free)} free" + ("" if writable else ", not writable")
     advice = "ranks on one node talk through it: make room, or start the container with a larger --shm-size"
-    return Check(
-        name="shared memory", good=writable and free >= LEAST_SHARED_BYTES, needed=True, text=text, advice=advice
-    )
+    return Check(name="shared memory", good=writable and free >= LEAST_SHARED_BYTES, needed=True, text=text, advice=advice)
 
 
 def _leftovers() -> Check:

@@ -48,7 +48,7 @@ class ArrayError(ElasticError):
     """A distributed array was asked for something it can't give."""
 
 
-class ResizeRefused(ElasticError):
+class ResizeRefused(ElasticError):  # noqa: N818  (an answer more than an error)
     """A resize can't be done; the message gives the reason."""
 
 
@@ -65,7 +65,7 @@ class MembershipError(JobError):
 
 
 class Retired(BaseException):
-    """This rank leaves the job.
+    """Leave the job: raised in a rank that has to go.
 
     Raised inside the user's function at a resize point. It derives from `BaseException` so that an ``except Exception``
     in user code does not keep a leaving rank alive; ``finally`` blocks and context managers run as usual.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping  # noqa: TC003  # msgspec needs it
+from collections.abc import Mapping  # msgspec needs it
 from typing import TYPE_CHECKING, Any
 
 import msgspec

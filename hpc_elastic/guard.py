@@ -9,6 +9,8 @@ other ranks see it. A newcomer's guard waits at SOCKET for `handover.py`, which 
 wanted and which brings it what the launcher gave: variables, and the descriptor of the PMI session.
 """
 
+from __future__ import annotations
+
 import _socket
 import os
 import select
@@ -20,7 +22,7 @@ DOOR = "HPC_ELASTIC_DOOR"
 LARGEST = 1 << 18  # bytes that handover.py sends at most
 
 
-def close_pmi_session(descriptor):
+def close_pmi_session(descriptor: int) -> None:
     """Say to the launcher that this process is finished, as the dead rank can't any more (PMI-1 wire protocol)."""
     try:
         os.write(descriptor, b"cmd=finalize\n")
@@ -29,16 +31,16 @@ def close_pmi_session(descriptor):
         pass
 
 
-def record_death(run, member, pid, how):
+def record_death(run: str, member: int, pid: int, how: str) -> None:
     """Write the run's failure, unless a rank has written one."""
     import json  # only now: a rank that ends well should not pay for it
 
     host = os.uname().nodename
     error = f"process {member} (pid {pid} on {host}) {how}"
     beside = os.path.join(run, f".failure.guard.{os.getpid()}")
-    failure = dict(error=error, traceback="", member=member, rank=-1, host=host, generation=-1, step=-1)
+    failure = {"error": error, "traceback": "", "member": member, "rank": -1, "host": host, "generation": -1, "step": -1}
     try:
-        with open(beside, "x") as file:
+        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             json.dump(failure, file)
         try:
             os.link(beside, os.path.join(run, "failure.json"))
@@ -49,36 +51,39 @@ def record_death(run, member, pid, how):
         sys.stderr.write(f"hpc_elastic guard: {error}; could not be recorded in {run}: {problem}\n")
 
 
-def start(command):
+def start(command: list[str]) -> int:
     """Start the rank and return its pid."""
     pid = os.fork()
     if pid == 0:
         try:
-            os.execvp(command[0], command)
+            os.execvp(command[0], command)  # noqa: S606  (a shell is just what it must not be)
         except OSError as problem:
             sys.stderr.write(f"hpc_elastic guard: {command[0]}: {problem.strerror}\n")
             os._exit(127)
     for number in FORWARDED:
-        signal.signal(number, lambda received, frame: os.kill(pid, received))
+        signal.signal(number, lambda received, _: os.kill(pid, received))
     return pid
 
 
-def hand_on(listener, door, pid):
+def hand_on(listener: _socket.socket, door: _socket.socket, pid: int) -> tuple[_socket.socket | None, int | None]:
     """Wait for handover.py and hand its gifts on to the rank; return its connection and the PMI descriptor, or None."""
-    with os.fdopen(os.pidfd_open(pid), closefd=True, mode="rb", buffering=0) as child:
-        ready, _, _ = select.select([listener, child], [], [])
-    if listener not in ready:
+    child = os.pidfd_open(pid)
+    ready, _, _ = select.select([listener.fileno(), child], [], [])
+    os.close(child)
+    if listener.fileno() not in ready:
         return None, None
-    caller = _socket.socket(fileno=listener._accept()[0])
+    caller = _socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]  # noqa: SLF001
     data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
     door.sendmsg([data], ancillary)
     descriptors = [int.from_bytes(item[2][:4], sys.byteorder) for item in ancillary]
     return caller, descriptors[0] if descriptors else None
 
 
-def main():
+def main() -> None:
+    """Be the guard of one rank."""
     arguments = sys.argv[1:]
-    caller, session = None, int(os.environ.get("PMI_FD", -1))
+    caller: _socket.socket | None = None
+    session: int | None = int(os.environ.get("PMI_FD", "-1"))
     if arguments[0] == "--warm":
         _, path, run, member, *command = arguments
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -102,10 +107,9 @@ def main():
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code != 0 and joined:
+        names = {number.value: number.name for number in signal.Signals}  # most real-time signals have none
         how = (
-            f"was killed by signal {-code} ({signal.Signals(-code).name})"
-            if code < 0
-            else f"ended with exit code {code}"
+            f"was killed by signal {-code} ({names.get(-code, 'real-time')})" if code < 0 else f"ended with exit code {code}"
         )
         record_death(run, int(member), pid, how)
         if session is not None and session >= 0:

@@ -13,7 +13,8 @@ import sys
 LAUNCHER = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "MPI_", "MPIR_")
 
 
-def main():
+def main() -> None:
+    """Hand over, and wait for the newcomer's end."""
     path = sys.argv[1]
     folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     guard = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)

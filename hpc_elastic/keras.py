@@ -62,9 +62,7 @@ class State:
             raise ConfigError("he.keras.State needs a built model: give it an Input layer, or call it once")
         if optimizer is not None and not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self._variables: list[Any] = list(model.variables) + (
-            list(optimizer.variables) if optimizer is not None else []
-        )
+        self._variables: list[Any] = list(model.variables) + (list(optimizer.variables) if optimizer is not None else [])
 
     def state(self) -> dict[str, Any]:
         """Return all variables, in their order."""
@@ -79,9 +77,7 @@ class State:
             If there are more or fewer than this model has.
         """
         if len(state) != len(self._variables):
-            raise ConfigError(
-                f"received {len(state)} variables, but this model and optimizer have {len(self._variables)}"
-            )
+            raise ConfigError(f"received {len(state)} variables, but this model and optimizer have {len(self._variables)}")
         for index, variable in enumerate(self._variables):
             variable.assign(state[str(index)])
 

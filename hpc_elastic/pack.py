@@ -47,7 +47,7 @@ class Source:
     classes: tuple[str, ...] = ()
 
 
-def pack(  # noqa: PLR0913 - what `hpc-elastic pack` offers
+def pack(
     sources: Sequence[Path],
     out: Path,
     *,
@@ -308,7 +308,7 @@ class _Images:
 
     @staticmethod
     def _look(path: Path) -> tuple[tuple[int, int], str]:
-        from PIL import Image  # noqa: PLC0415 - only packing images needs it
+        from PIL import Image
 
         try:
             with Image.open(path) as image:
@@ -318,7 +318,7 @@ class _Images:
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Return the images [start, stop), [n, height, width] or [n, height, width, 3], dtype uint8."""
-        from PIL import Image  # noqa: PLC0415
+        from PIL import Image
 
         height, width = self.size
         out = np.empty((stop - start, height, width, *((3,) if self.mode == "RGB" else ())), dtype=np.uint8)
@@ -328,7 +328,5 @@ class _Images:
                     plain = image.convert(self.mode)
             except (*UNREADABLE, Image.DecompressionBombError) as error:
                 raise ShardError(f"{path} is truncated or damaged, replace or remove it: {error}") from error
-            row[:] = (
-                plain if plain.size == (width, height) else plain.resize((width, height), Image.Resampling.BILINEAR)
-            )
+            row[:] = plain if plain.size == (width, height) else plain.resize((width, height), Image.Resampling.BILINEAR)
         return out

@@ -105,8 +105,8 @@ class Progress:
 
 def _new_bar() -> Bar:
     # Ranks import this module, and few of them draw.
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     # No markup: a metric's name may hold brackets.
     texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[text]}", markup=False))

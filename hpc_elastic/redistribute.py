@@ -50,16 +50,12 @@ class DistributedArray:
 
     def __init__(self, name: str, shape: Sequence[int], dtype: DTypeLike, ranks: Callable[[], Ranks | None]) -> None:
         if len(shape) == 0 or any(n < 0 for n in shape):
-            raise ArrayError(
-                f"array {name!r}: the shape {tuple(shape)} must have at least one axis and no negative length"
-            )
+            raise ArrayError(f"array {name!r}: the shape {tuple(shape)} must have at least one axis and no negative length")
         self.name = name
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype)
         if self.dtype.hasobject:
-            raise ArrayError(
-                f"array {name!r}: dtype {self.dtype} holds Python objects, which can't be moved between ranks"
-            )
+            raise ArrayError(f"array {name!r}: dtype {self.dtype} holds Python objects, which can't be moved between ranks")
         self._ranks = ranks
         here = ranks()
         self.layout = Layout(self.shape[0], tuple(range(here.size))) if here else Layout(0, (0,))
@@ -88,9 +84,7 @@ class DistributedArray:
     def _joined(self) -> Ranks:
         here = self._ranks()
         if here is None:
-            raise ArrayError(
-                f"array {self.name!r}: this rank has not joined the job yet; use the array inside the loop"
-            )
+            raise ArrayError(f"array {self.name!r}: this rank has not joined the job yet; use the array inside the loop")
         if self.layout.rows != self.shape[0] or len(self.layout.owners) != here.size:
             raise ArrayError(f"array {self.name!r} does not belong to this generation")
         return here
@@ -182,9 +176,7 @@ class DistributedArray:
         if low < high:
             local[low - start : high - start] = self.local[low - first : high - first]
         sends = [
-            (m, np.ascontiguousarray(self.local[m.start - first : m.stop - first]))
-            for m in plan
-            if m.source == self._rank
+            (m, np.ascontiguousarray(self.local[m.start - first : m.stop - first])) for m in plan if m.source == self._rank
         ]
         receives = [(m, local[m.start - start : m.stop - start]) for m in plan if m.target == self._rank]
         ranks.exchange(sends, receives)

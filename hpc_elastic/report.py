@@ -47,13 +47,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "state": "failed" if failure else status.state if status else "starting",
         "started": started.time if started else None,
         "seconds": ended.seconds if ended else _seconds(started, happened, status),
-        "ranks": ended.ranks
-        if ended
-        else status.ranks
-        if status
-        else generations[-1]["ranks"]
-        if generations
-        else None,
+        "ranks": ended.ranks if ended else status.ranks if status else generations[-1]["ranks"] if generations else None,
         "steps": sum(generation["steps"] for generation in generations),
         "steps_planned": status.steps if status else None,
         "epochs": len(epochs),
@@ -82,9 +76,7 @@ def _hosts(happened: Sequence[events.AnyEvent]) -> list[str]:
     return list(dict.fromkeys([*seeds, *(event.host for event in happened if isinstance(event, events.Ready))]))
 
 
-def _seconds(
-    started: events.Started | None, happened: Sequence[events.AnyEvent], status: Status | None
-) -> float | None:
+def _seconds(started: events.Started | None, happened: Sequence[events.AnyEvent], status: Status | None) -> float | None:
     if started is None:
         return None
     running = status is not None and status.state == "running"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping  # noqa: TC003  # msgspec needs it
+from collections.abc import Mapping  # msgspec needs it
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,8 +69,10 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process says of itself. ``outcome`` is "member", "parked", "retired", "stand-in", "cancelled",
-    "ended" or "failed"."""
+    """What a process says of itself.
+
+    ``outcome`` is "member", "parked", "retired", "stand-in", "cancelled", "ended" or "failed".
+    """
 
     member: Member
     outcome: str

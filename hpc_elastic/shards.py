@@ -274,9 +274,7 @@ def _described(path: Path) -> ShardFile:
             if not data.shape:
                 raise ShardError(f"{path}: {name!r} is a single value without samples: make it an attribute")
             if data.dtype.hasobject:
-                raise ShardError(
-                    f"{path}: {name!r} has values of variable length: store it with a fixed shape and dtype"
-                )
+                raise ShardError(f"{path}: {name!r} has values of variable length: store it with a fixed shape and dtype")
             if data.is_virtual or data.external or data.file.filename != file.filename:
                 raise ShardError(f"{path}: {name!r} has its data in other files: name those, or pack them into one")
         lengths = {name: data.shape[0] for name, data in sets.items()}
@@ -359,9 +357,7 @@ def write_shard(
         raise ShardError(f"{path}: a shard needs one or more fields with the same number of samples, not {lengths}")
     for name, array in fields.items():
         if array.dtype.hasobject or array.dtype.kind in "UmM" or "/" in name:
-            raise ShardError(
-                f"{path}: field {name!r} of {array.dtype} can't be stored; use numbers or fixed-size bytes"
-            )
+            raise ShardError(f"{path}: field {name!r} of {array.dtype} can't be stored; use numbers or fixed-size bytes")
     if path.exists() and not overwrite:
         raise ShardError(f"{path} is already there: overwrite it explicitly, or choose another name")
     # Made in memory: where the disk is full, HDF5 fails as it closes the file and takes the process with it (SIGSEGV).

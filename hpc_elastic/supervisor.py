@@ -1,4 +1,4 @@
-"""The supervisor: makes the run directory, starts the seed rank under its guard, shows the progress, ends as the job ends."""
+"""The supervisor: makes the run directory, starts the seed rank under its guard, and ends as the job ends."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class _Interrupts:
         self._end = end
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, _frame: Any) -> None:
         self.seen = True
         self._end(signal.Signals(number).name)
 

@@ -20,7 +20,7 @@ import mpi4py
 mpi4py.rc.initialize = False
 mpi4py.rc.finalize = False
 
-from .comm.door import Door
+from .comm.door import Door  # noqa: E402
 from .comm.messages import Options, options_file  # noqa: E402
 from .comm.waiting import Watch  # noqa: E402
 from .config import DOOR_VARIABLE  # noqa: E402

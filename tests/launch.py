@@ -41,9 +41,7 @@ class Done:
 class Job:
     """A job under way. Use as a context manager: it is ended, and looked after, when the block is left."""
 
-    def __init__(
-        self, command: Sequence[str], *, folder: Path, limit_s: float = 60, environ: dict[str, str] | None = None
-    ):
+    def __init__(self, command: Sequence[str], *, folder: Path, limit_s: float = 60, environ: dict[str, str] | None = None):
         self.mark = uuid.uuid4().hex
         self.limit_s = limit_s
         self._begun = time.monotonic()
@@ -126,9 +124,7 @@ def _stack(pid: int) -> str:
     if not tool.exists():
         return f"{pid}: no py-spy to show its stack"
     try:
-        done = subprocess.run(
-            [tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run([tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return f"{pid}: no stack within 20 s"
     return done.stdout or f"{pid}: {done.stderr}"

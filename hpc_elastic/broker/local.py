@@ -157,7 +157,7 @@ class LocalBroker:
         Seconds.
     """
 
-    def __init__(  # noqa: PLR0913  # settings, all of them named
+    def __init__(  # settings, all of them named
         self,
         slots: int | None = None,
         *,

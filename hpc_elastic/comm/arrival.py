@@ -123,9 +123,7 @@ class Arrivals:
         for arrival in self.all:
             if self._bringing is None and arrival.report is not None and 0 < arrival.report.loop < loop:
                 report_file(self._run, arrival.options.member).unlink()
-                self._run.put(
-                    order_file(self._run, arrival.options.member), Call(order="skip", index=arrival.report.loop)
-                )
+                self._run.put(order_file(self._run, arrival.options.member), Call(order="skip", index=arrival.report.loop))
                 arrival.report = None
 
     def bring(self) -> None:

@@ -150,7 +150,7 @@ class Door:
         for _ in range(index + 1, total):
             group = extend(group, MPI.COMM_SELF, 0)
         self._group = group
-        self._others = group.Split(0, group.rank)
+        self._others = MPI.Intracomm(group.Split(0, group.rank))
 
     def enter(self) -> tuple[MPI.Intracomm, Party]:
         """Be merged with the members. Collective with `World.merge` on their side."""

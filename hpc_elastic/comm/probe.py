@@ -63,10 +63,10 @@ def shared_memory() -> list[Path]:
 def main() -> None:
     """Be the program."""
     signal.alarm(max(1, int(sys.argv[2])))
-    import mpi4py  # noqa: PLC0415 - under the alarm
+    import mpi4py
 
     mpi4py.rc(initialize=False, finalize=False)
-    from mpi4py import MPI  # noqa: PLC0415 - after its settings
+    from mpi4py import MPI
 
     found = {"library": library, "init": init, "spawn": spawn}[sys.argv[1]](MPI)
     if found is not None:

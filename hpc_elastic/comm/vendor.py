@@ -131,7 +131,7 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def _only_loopback() -> bool:
     try:
-        return os.listdir("/sys/class/net") == ["lo"]
+        return [path.name for path in Path("/sys/class/net").iterdir()] == ["lo"]
     except OSError:
         return False
 
@@ -197,9 +197,7 @@ def find_mpiexec() -> tuple[Path, Vendor]:
     environ = dict(os.environ)
     prepare(environ)
     try:
-        done = subprocess.run(
-            [found, "--version"], capture_output=True, text=True, timeout=30, env=environ, check=False
-        )
+        done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, env=environ, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{found} --version failed: {error}") from error
     vendor = vendor_of(done.stdout)

@@ -78,9 +78,7 @@ class World:
         comm = MPI.COMM_WORLD.Dup()
         mine = Member(id=comm.rank, pid=os.getpid(), host=socket.gethostname(), slot=comm.rank, parks=must_stay())
         world = cls(comm, Generation(0, (mine,)), watch)
-        members = tuple(
-            msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine))
-        )
+        members = tuple(msgspec.msgpack.decode(part, type=Member) for part in world.gather_all(msgspec.msgpack.encode(mine)))
         world.generation = Generation(0, members)
         world.open_user()
         return world
@@ -98,7 +96,7 @@ class World:
 
     @property
     def me(self) -> Member:
-        """This process."""
+        """The process that this rank is."""
         return self.generation.members[self.rank]
 
     # --- collectives, all of which can be left when the job fails -----------------------------------------------------
@@ -131,9 +129,7 @@ class World:
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
         """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
         self.watch.request(
-            self.comm.Iallgatherv(
-                [_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE]
-            )
+            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE])
         )
 
     def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
@@ -177,7 +173,7 @@ class World:
         if leaves:
             return None
         members = tuple(m for r, m in enumerate(self.generation.members) if r not in leavers)
-        return World(kept, Generation(self.generation.number, members), self.watch)
+        return World(MPI.Intracomm(kept), Generation(self.generation.number, members), self.watch)
 
     def close(self) -> None:
         """Free the communicators. Local in effect, and all members do it."""

@@ -110,7 +110,7 @@ class Sum:
         self._tree.feed(Node(0, index), own)
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
-        """Return the sums in the structure of what was added, and the metrics. Collective; `empty` are leaves without samples."""
+        """Return the sums, in the structure of what was added, and the metrics. Collective; `empty` leaves had no samples."""
         ranks = self._ranks()
         there = [
             present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)
@@ -150,17 +150,13 @@ class Sum:
         assert self._form is not None
         return self._form
 
-    def _across(
-        self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]
-    ) -> Array:
+    def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
         """Sum over all ranks, for one dtype; `there` are the partial sums that every rank has."""
         if not length:
             return np.empty(0, dtype)
         most = max(len(nodes) for nodes in there)
         together = most * length * dtype.itemsize <= SMALL_BYTES
-        cuts = (
-            [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
-        )
+        cuts = [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
         low, high = cuts[ranks.rank]
         counts = [len(nodes) * (high - low) for nodes in there]
         parts = np.empty(sum(counts), dtype)
@@ -168,9 +164,7 @@ class Sum:
             ranks.all_parts(_joined(mine, dtype), parts, counts)
         else:
             pieces = [values[start:stop] for start, stop in cuts for values in mine]
-            ranks.swap_parts(
-                _joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts
-            )
+            ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
         tree: TreeSum[Array] = TreeSum(lambda left, right: np.add(left, right, out=left))
         rows = iter(parts.reshape(-1, high - low) if high > low else [parts] * sum(map(len, there)))
         for nodes in there:

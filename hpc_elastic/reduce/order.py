@@ -87,9 +87,7 @@ class TreeSum(Generic[T]):
             If `node` comes after one that lies behind it, or overlaps one that was fed.
         """
         if node.start < self._next:
-            raise StepError(
-                f"microbatch {node.start} was added after {self._next - 1}: add them in their order, each once"
-            )
+            raise StepError(f"microbatch {node.start} was added after {self._next - 1}: add them in their order, each once")
         self._settle(node.start)
         self._stack.append((node, value))
         self._settle(node.stop)

@@ -98,7 +98,7 @@ class Job:
 
     @property
     def member(self) -> Member:
-        """This process."""
+        """The process that this rank is."""
         return self._member
 
     @property
@@ -180,9 +180,7 @@ class Job:
             self._write_ledger(step)
             last = start + size == len(data)
             after = (
-                Cursor(cursor.epoch + 1, 0, cursor.step + 1)
-                if last
-                else Cursor(cursor.epoch, start + size, cursor.step + 1)
+                Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, start + size, cursor.step + 1)
             )
             self._advance(after, size, step.metrics, end_of_epoch=last)
 
@@ -196,9 +194,7 @@ class Job:
 
     def _check_steps(self, samples: int, epochs: int, batch: int, leaves: int) -> int:
         if epochs < 0 or batch < 1:
-            raise ConfigError(
-                f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1"
-            )
+            raise ConfigError(f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1")
         if min(samples, batch) < leaves:
             raise ConfigError(
                 f"{leaves} microbatches, but only {min(samples, batch)} samples in a batch: lower the setting microbatches, "

@@ -96,7 +96,7 @@ def import_mpi() -> None:
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.finalize = False
     try:
-        import mpi4py.MPI  # noqa: F401  (imported for its effect)
+        import mpi4py.MPI
     except (ImportError, RuntimeError) as error:
         from ..errors import LaunchError
 
@@ -118,8 +118,7 @@ def _seed_job(given: dict[str, Any]) -> Job:
     world.watch.check = session.check
     member = world.me
     session.record(member, "member")
-    job = _agree_job(world, lambda: Job(session, world, None, member))
-    return job
+    return _agree_job(world, lambda: Job(session, world, None, member))
 
 
 def _first_session(given: dict[str, Any], world: Any) -> Session:
@@ -219,7 +218,7 @@ def _stand_in(run: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     waiter = Path(__file__).parent.parent / "standin.py"
-    os.execv(sys.executable, [sys.executable, "-I", "-S", str(waiter), str(run)])
+    os.execv(sys.executable, [sys.executable, "-I", "-S", str(waiter), str(run)])  # noqa: S606  (no shell is what is wanted)
 
 
 def _fail(job: Job, error: BaseException) -> None:

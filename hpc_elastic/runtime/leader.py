@@ -132,9 +132,7 @@ class Leader:
         event = events.Decided(step=here.cursor.step, before=size, after=resize.ranks, reason=resize.reason)
         self.reports.log.write(event)
         try:
-            check(
-                resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks
-            )
+            check(resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
             arrivals = self._invite(here, newcomers(size, resize))
         except ResizeRefused as refusal:
             self._refused(here, resize, str(refusal), forced=forced)
@@ -221,7 +219,7 @@ class Leader:
         if any(old.members[rank].parks for rank in way.leavers) and not self.office.told_of_parking:
             self.office = msgspec.structs.replace(self.office, told_of_parking=True)
             self.reports.say(
-                "ranks that the launcher started together can't be ended singly: they are put to sleep, and come back first; "
+                "ranks that the launcher started together can't be ended singly: they are put to sleep and come back first; "
                 "start with -n 1 to avoid that"
             )
         back = {report.member.id for report in reports}
@@ -341,16 +339,17 @@ class Leader:
             )
         try:
             check(ranks, leavers=(), now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
-            supply = self._poll(here)
-            if ranks > size + supply.offered:
-                raise ResizeRefused(
-                    f"{ranks} ranks asked for, but only {size + supply.offered} can be had: {supply.why}"
-                )
+            self._check_supply(ranks, self._poll(here))
         except ResizeRefused as refusal:
             self.reports.log.write(events.Refused(step=here.cursor.step, ranks=ranks, reason=str(refusal)))
             return Answer(accepted=False, text=str(refusal))
         self.office = msgspec.structs.replace(self.office, asked=ranks)
         return Answer(accepted=True, text=f"{size} -> {ranks} ranks")
+
+    def _check_supply(self, ranks: int, supply: Supply) -> None:
+        most = self.world.size + supply.offered
+        if ranks > most:
+            raise ResizeRefused(f"{ranks} ranks asked for, but only {most} can be had: {supply.why}")
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""

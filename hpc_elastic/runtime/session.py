@@ -34,9 +34,7 @@ class Script:
         spec = getattr(main, "__spec__", None)
         file = getattr(main, "__file__", None)
         if file is None:
-            raise ConfigError(
-                "he.run needs a script file or a module that newcomers can run; it can't run from a prompt"
-            )
+            raise ConfigError("he.run needs a script file or a module that newcomers can run; it can't run from a prompt")
         module = "" if spec is None else spec.name.removesuffix(".__main__")
         argv = [str(Path(file).absolute()), *sys.argv[1:]]
         return cls(argv, module, list(sys.path), str(Path.cwd()))
@@ -83,7 +81,7 @@ class Session:
 
 def peak_bytes() -> int:
     """Return the most memory that this process had resident, in bytes (``VmHWM`` in proc(5))."""
-    with open("/proc/self/status", encoding="ascii") as file:
+    with Path("/proc/self/status").open(encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

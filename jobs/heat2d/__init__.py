@@ -1,0 +1,1 @@
+"""A heated plate on distributed arrays."""

@@ -1,0 +1,1 @@
+"""Image recognition: upright or upside down, or ten classes."""

@@ -62,9 +62,7 @@ def main() -> None:
     static, _ = job("static", settings.epochs, settings.data, [])
     elastic, accuracy = job("elastic", settings.epochs, settings.data, ["--slots", "4", "--timetable", "40:3,500:2-0"])
     same = static == elastic
-    print(
-        f"\nstatic  {static}\nelastic {elastic}\n{'the same bits' if same else 'DIFFERENT BITS'}, accuracy {accuracy:.4f}"
-    )
+    print(f"\nstatic  {static}\nelastic {elastic}\n{'the same bits' if same else 'DIFFERENT BITS'}, accuracy {accuracy:.4f}")
     if not same or accuracy < LEAST_ACCURACY:
         sys.exit(1)
 

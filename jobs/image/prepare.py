@@ -83,9 +83,7 @@ def _ready(folder: Path, classes: tuple[str, ...], samples: int) -> bool:
     except ShardError:
         return False  # nothing is there, or it is damaged and will be replaced
     if found != (classes, samples):
-        raise ShardError(
-            f"{folder} has {found[1]} samples of the classes {found[0]}: choose another folder, or remove it"
-        )
+        raise ShardError(f"{folder} has {found[1]} samples of the classes {found[0]}: choose another folder, or remove it")
     return True
 
 
@@ -113,9 +111,7 @@ def fashion() -> tuple[Images, Images]:
     if not FASHION.is_dir():
         raise ShardError(f"Fashion-MNIST is not in {FASHION}: apt-get install dataset-fashion-mnist")
     train, test = (
-        Images(
-            read_idx(FASHION / f"{part}-images-idx3-ubyte.gz"), read_labels(FASHION / f"{part}-labels-idx1-ubyte.gz")
-        )
+        Images(read_idx(FASHION / f"{part}-images-idx3-ubyte.gz"), read_labels(FASHION / f"{part}-labels-idx1-ubyte.gz"))
         for part in ("train", "t10k")
     )
     return train, test

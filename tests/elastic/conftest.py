@@ -12,7 +12,7 @@ SAMPLES = 1000
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """Two shard files of 8×8 images in ten classes that can be told apart."""
+    """Two shard files of 8x8 images in ten classes that can be told apart."""
     folder = tmp_path_factory.mktemp("shards")
     random = np.random.default_rng(5)
     label = random.integers(0, 10, SAMPLES)

@@ -19,7 +19,7 @@ def test_exception_on_one_rank(rank, shards, tmp_path):
         hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", "--hold", *script), folder=tmp_path
     ) as job:
         run = tmp_path / "r"
-        until(lambda: (run / "failure.json").exists())
+        until((run / "failure.json").exists)
         done = job.wait()
     assert done.code == 1
     failure = RunDirectory(run).failure()
@@ -96,7 +96,9 @@ def test_newcomer_that_cannot_come(before, setup, reason, tmp_path):
     """The job goes on without a newcomer that fails before it has joined, and says why."""
     if reason == "":
         before = "if '__mp_main__' in sys.modules or sys.modules['__main__'].__name__ != '__main__': pass\n"
-        before += "import pathlib\nif pathlib.Path('second').exists(): raise OSError('no licence')\npathlib.Path('second').touch()"
+        before += (
+            "import pathlib\nif pathlib.Path('second').exists(): raise OSError('no licence')\npathlib.Path('second').touch()"
+        )
         reason = "no licence"
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(before=before, setup=setup or "pass"))

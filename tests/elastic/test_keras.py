@@ -28,9 +28,7 @@ def data(tmp_path_factory):
 
 def train(data, folder, *options, epochs=EPOCHS):
     """Run the image job."""
-    command = hpc_elastic(
-        "run", "--run-dir", "r", *options, "-m", "jobs.image.train", "--epochs", epochs, "--folder", data
-    )
+    command = hpc_elastic("run", "--run-dir", "r", *options, "-m", "jobs.image.train", "--epochs", epochs, "--folder", data)
     with Job(command, folder=folder, limit_s=180) as job:
         done = job.wait()
     assert done.code == 0, done.err

@@ -257,7 +257,11 @@ def test_cgroup_v1(root, files, cores, free):
 
 
 def test_file_pages_that_can_be_dropped_count_as_free(root):
-    files = {f"{V2}/memory.max": 8 * GIB, f"{V2}/memory.current": 7 * GIB, f"{V2}/memory.stat": f"anon 5\ninactive_file {2 * GIB}"}
+    files = {
+        f"{V2}/memory.max": 8 * GIB,
+        f"{V2}/memory.current": 7 * GIB,
+        f"{V2}/memory.stat": f"anon 5\ninactive_file {2 * GIB}",
+    }
     write(root, {"proc/self/cgroup": "0::/job/step", **files})
     assert read_machine(root).free_bytes == 3 * GIB
 
@@ -277,10 +281,7 @@ def test_limits_of_other_groups_do_not_count(root):
 def test_gpus_are_counted(root, monkeypatch):
     write(
         root,
-        {
-            f"dev/{name}": ""
-            for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia0x", "null")
-        },
+        {f"dev/{name}": "" for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia0x", "null")},
     )
     assert read_machine(root).gpus == 3
     for visible, gpus in (("", 0), ("-1", 0), ("2", 1), ("0, 1", 2), ("GPU-5a1b,MIG-77", 2), ("0,-1,1", 1)):

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_elastic.config import FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, Config, build, from_environment, from_file, load
+from hpc_elastic.config import (
+    FILE_VARIABLE,
+    RUN_VARIABLE,
+    SUPERVISED_VARIABLE,
+    Config,
+    build,
+    from_environment,
+    from_file,
+    load,
+)
 from hpc_elastic.config import names as setting_names
 from hpc_elastic.config import settings as changed
 from hpc_elastic.errors import ConfigError
@@ -47,7 +56,13 @@ def test_what_is_not_given_hides_nothing():
 
 
 def test_the_environment_holds_more_than_settings():
-    environ = {RUN_VARIABLE: "/run", SUPERVISED_VARIABLE: "1", FILE_VARIABLE: "", "PATH": "/bin", "hpc_elastic_max": "9"}
+    environ = {
+        RUN_VARIABLE: "/run",
+        SUPERVISED_VARIABLE: "1",
+        FILE_VARIABLE: "",
+        "PATH": "/bin",
+        "hpc_elastic_max": "9",
+    }
     assert from_environment(environ) == {}
 
 
@@ -196,8 +211,8 @@ def test_errors_in_a_file(tmp_path):
         ({"ranks": 3, "max": 2}, "ranks = 3 is more than max = 2"),
         ({"ranks": 2, "min": 3}, "ranks = 2 is less than min = 3"),
         ({"policy": "timetable"}, "needs a timetable"),
-        ({"timetable": "1:2"}, "a timetable is given, but policy = \"manual\""),
-        ({"timetable": "1:2", "policy": "fixed"}, "policy = \"fixed\""),
+        ({"timetable": "1:2"}, 'a timetable is given, but policy = "manual"'),
+        ({"timetable": "1:2", "policy": "fixed"}, 'policy = "fixed"'),
         ({"broker": "script"}, "needs a supply"),
     ],
 )

@@ -101,9 +101,7 @@ def test_no_mpiexec(monkeypatch):
         raise LaunchError("no mpiexec found")
 
     monkeypatch.setattr(doctor, "find_mpiexec", nowhere)
-    monkeypatch.setattr(
-        doctor, "_spawn", lambda name, *_, needed, **__: Check(name=name, good=True, needed=needed, text="")
-    )
+    monkeypatch.setattr(doctor, "_spawn", lambda name, *_, needed, **__: Check(name=name, good=True, needed=needed, text=""))
     found = doctor._mpi()
     assert [(check.name, check.good) for check in found] == [
         ("MPI library", True),

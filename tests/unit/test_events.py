@@ -108,7 +108,7 @@ def test_one_event_is_one_write(tmp_path, monkeypatch):
     assert stat.S_IMODE((tmp_path / "events.jsonl").stat().st_mode) == 0o600
 
 
-def test_the_time_is_that_of_the_writing(monkeypatch):
+def test_the_time_is_that_of_the_writing():
     before = events.time.time()
     event = Ended(steps=1, seconds=1.0, ranks=1)
     assert before <= event.time <= events.time.time()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -37,7 +39,7 @@ def spread(values, cuts, combine=pair):
     total = len(values)
     empty = {i for i, value in enumerate(values) if value is None}
     top = TreeSum(combine)
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         own = TreeSum(combine, start)
         for leaf in range(start, stop):
             if leaf not in empty:

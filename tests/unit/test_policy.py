@@ -149,7 +149,10 @@ def test_what_limits_is_said():
     assert resize is not None
     assert resize.reason.startswith("because; 3 instead of 4: ")
     assert "3 cores" in resize.reason
-    for now, wanted, limit in ((seen(2, high=3, why="3 cores"), 4, "max 3"), (seen(4, low=2, why="3 cores"), 1, "min 2")):
+    for now, wanted, limit in (
+        (seen(2, high=3, why="3 cores"), 4, "max 3"),
+        (seen(4, low=2, why="3 cores"), 1, "min 2"),
+    ):
         resize = bounded(now, wanted, "because")
         assert resize is not None
         assert limit in resize.reason

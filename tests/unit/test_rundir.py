@@ -34,7 +34,9 @@ def failure(error="it broke", rank=1):
 
 
 def record(member=0, outcome="member", **more):
-    return RankRecord(member=Member(id=member, pid=100 + member, host="node", slot=member), outcome=outcome, time=1.5, **more)
+    return RankRecord(
+        member=Member(id=member, pid=100 + member, host="node", slot=member), outcome=outcome, time=1.5, **more
+    )
 
 
 # --- the directory --------------------------------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ def test_all_of_it_is_its_owners_alone(tmp_path, umask):
     finally:
         os.umask(before)
     folders = [path for path in run.path.rglob("*") if path.is_dir()]
-    assert {path.name for path in folders} == {"inbox", "answers", "ranks"}
+    assert {path.name for path in folders} >= {"inbox", "answers", "ranks"}
     assert {mode(path) for path in (run.path, *folders)} == {0o700}
     assert len(left) == 5
     assert {path.name: mode(path) for path in left} == {path.name: 0o600 for path in left}
@@ -260,7 +262,9 @@ def test_a_request_half_written_is_not_seen(run):
     assert run.requests() == []
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"kind": 3}', b'{"kind": "resize", "ranks": "x"}', b"\xff\xfe\x00", b'{"kind": "\xff"}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"kind": 3}', b'{"kind": "resize", "ranks": "x"}', b"\xff\xfe\x00", b'{"kind": "\xff"}']
+)
 def test_a_damaged_request_hides_no_other(run, damage):
     (run.path / "inbox" / "0.json").write_bytes(damage)
     name = run.ask(Request("resize", 2))

@@ -1,0 +1,96 @@
+"""Collectives of a world, and what is built on them, on as many ranks as there are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hpc_elastic.model import Move
+from hpc_elastic.partition import block
+from hpc_elastic.redistribute import DistributedArray
+from hpc_elastic.reduce import SMALL_BYTES, Sum
+from hpc_elastic.state import Registry
+
+SIZES = [1, 7, SMALL_BYTES // 4, 100_003]
+
+
+def test_tell(world):
+    for data in (b"", b"x", bytes(range(256)) * 1000):
+        assert world.tell(data if world.rank == 0 else None) == data
+
+
+def test_gather_all(world):
+    assert world.gather_all(bytes([world.rank]) * world.rank) == [bytes([r]) * r for r in range(world.size)]
+
+
+def test_fill(world):
+    array = np.arange(12.0).reshape(3, 4) if world.rank == 0 else np.empty((3, 4))
+    world.fill(array)
+    np.testing.assert_array_equal(array, np.arange(12.0).reshape(3, 4))
+
+
+def test_exchange_around(world):
+    right, left = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    got = np.empty(5)
+    world.exchange([(Move(world.rank, right, 0, 5), np.full(5, float(world.rank)))], [(Move(left, world.rank, 0, 5), got)])
+    assert (got == left).all()
+
+
+def gradients(leaf, length):
+    """What microbatch `leaf` contributes, whoever computes it."""
+    random = np.random.default_rng(leaf)
+    return [random.standard_normal((length, 1)).astype(np.float32), random.standard_normal(3)]
+
+
+class One:
+    """A world of one rank, for the reference."""
+
+    rank, size = 0, 1
+
+
+@pytest.mark.parametrize("length", SIZES)
+@pytest.mark.parametrize("leaves", [3, 13, 16])
+def test_sum_has_the_bits_of_one_rank(length, leaves, world):
+    if world.size > leaves:
+        pytest.skip("more ranks than leaves")
+    own, alone = Sum(leaves, lambda: world), Sum(leaves, lambda: One)
+    for empty in (set(), {0, 2}, {leaves - 1}):
+        for leaf in set(range(leaves)) - empty:
+            alone.add(leaf, gradients(leaf, length), {"loss": leaf / 7}, 1 / leaves)
+        for leaf in sorted(set(range(*block(leaves, world.size, world.rank))) - empty):
+            own.add(leaf, gradients(leaf, length), {"loss": leaf / 7}, 1 / leaves)
+        if world.size == leaves and not own._form:
+            pytest.skip("a rank with no microbatch at all does not know the form")
+        (a, b), metrics = own.reduce(empty)
+        (c, d), reference = alone.reduce(empty)
+        assert a.tobytes() == c.tobytes()
+        assert b.tobytes() == d.tobytes()
+        assert metrics == reference
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 100])
+def test_halo_and_gather(rows, world):
+    array = DistributedArray("a", (rows, 3), np.float64, lambda: world)
+    array.local[:] = np.arange(array.start, array.stop)[:, None]
+    for width in (0, 1, 2, 40):
+        before, after = array.halo(width)
+        if len(array.local):
+            np.testing.assert_array_equal(before[:, 0], np.arange(max(0, array.start - width), array.start))
+            np.testing.assert_array_equal(after[:, 0], np.arange(array.stop, min(rows, array.stop + width)))
+    whole = array.gather(root=world.size - 1)
+    assert (whole is not None) == (world.rank == world.size - 1)
+    if whole is not None:
+        np.testing.assert_array_equal(whole[:, 2], np.arange(rows))
+
+
+def test_state_travels_whole(world):
+    big = np.arange(100_000, dtype=np.float32)
+    state = {"big": big if world.rank == 0 else np.zeros_like(big), "step": 7 if world.rank == 0 else 0}
+    registry = Registry()
+    registry.add({"state": state})
+    if world.rank == 0:
+        registry.send(world)
+    else:
+        registry.receive(world)
+    np.testing.assert_array_equal(state["big"], big)
+    assert state["step"] == 7
