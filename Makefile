@@ -8,8 +8,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
-EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 comma := ,
+EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 RUNS := $(CURDIR)/runs
 
 .PHONY: help setup demo test test-mpi bench check clean
