@@ -110,7 +110,7 @@ class Sum:
         self._tree.feed(Node(0, index), own)
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
-        """Return the sums, in the structure of what was added, and the metrics. Collective; `empty` leaves had no samples."""
+        """Return the sums in the structure of what was added, and the metrics; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
         there = [
             present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)

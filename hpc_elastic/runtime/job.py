@@ -57,7 +57,6 @@ class Job:
         self._leader: Leader | None = None
         self._loop = 0
         self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, "samples")
-        self._began = session.clock()
         self._watch = world.watch if world is not None else Watch(session.check)
         if world is not None and world.rank == 0:
             self._leader = make_leader(session, world, first_office(session, world), self._tethers)
@@ -170,7 +169,8 @@ class Job:
         per_epoch = self._check_steps(len(data), epochs, batch, leaves)
         order = Order(len(data), self._session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self._joined)
-        for cursor in self._turns(epochs * per_epoch, epochs, "samples"):
+        fingerprint = getattr(data, "fingerprint", "")
+        for cursor in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
             start = cursor.position
             size = min(batch, len(data) - start)
             cuts = microbatches(start, start + size, leaves)
@@ -188,7 +188,7 @@ class Job:
         """Yield 0 … `n` - 1; each turn is a resize point. For jobs without a data set."""
         if n < 0:
             raise ConfigError(f"job.loop({n}): the number of turns must not be negative")
-        for cursor in self._turns(n, 1, "turns"):
+        for cursor in self._turns(n, 1, "turns", f"{n} turns"):
             yield cursor.step
             self._advance(Cursor(0, 0, cursor.step + 1), 1, {}, end_of_epoch=cursor.step + 1 == n)
 
@@ -205,10 +205,12 @@ class Job:
             raise ConfigError(f"max = {limit} ranks can't share {leaves} microbatches: raise microbatches or lower max")
         return steps_per_epoch(samples, batch)
 
-    def _turns(self, total: int, epochs: int, unit: str) -> Iterator[Cursor]:
+    def _turns(self, total: int, epochs: int, unit: str, what: str) -> Iterator[Cursor]:
         """Yield the cursor at every turn, after the resize point."""
         self._loop += 1
-        names, arrays = tuple(self._registry.names()), tuple(self._arrays)
+        arrays = tuple(self._arrays)
+        # What newcomers must have in common with the members.
+        names = (*self._registry.names(), *(f"{a.name} {a.shape} {a.dtype}" for a in arrays), what)
         self._here = Here(self._loop, Cursor(), Tally(began=time.time()), epochs, total, unit, arrays, names)
         if self._world is None:
             if not self._join():
@@ -286,7 +288,7 @@ class Job:
         tether = self._tethers[plan.generation]
         self._door, options = Door.parked(tether.comm, self._session.run, self._watch, self._doze)
         self._member = msgspec.structs.replace(self._member, slot=options.slot)
-        self._began = self._session.clock()
+        self._session.began = self._session.clock()
         if not self._join():
             raise Retired("the job ended while this rank was parked")
 
@@ -301,11 +303,11 @@ class Job:
         """Report ready, wait to be called, and come in; False if this loop is over already."""
         assert self._door is not None
         door, stages = self._door, Stages(self._session.clock)
-        warm_s = self._session.clock() - self._began
+        warm_s = self._session.clock() - self._session.began
         report = Report(
             member=self._member,
             loop=self._loop,
-            names=self._registry.names(),
+            names=list(self._here.names),
             stages={"warm": warm_s},
             peak_bytes=peak_bytes(),
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import time
@@ -112,6 +114,7 @@ def _seed_job(given: dict[str, Any]) -> Job:
     from ..comm.world import World, finalize
     from .job import Job
 
+    faulthandler.register(signal.SIGQUIT)  # Ctrl-\\ or kill -QUIT prints the stacks of a rank that hangs
     atexit.register(finalize)
     world = World.of_seeds(Watch())
     session = _agree(world, lambda: _first_session(given, world))

@@ -198,8 +198,12 @@ class Leader:
     def _mismatch(self, arrivals: Arrivals, here: Here) -> str:
         for arrival in arrivals.all:
             if arrival.report is not None and tuple(arrival.report.names) != here.names:
-                theirs, ours = ", ".join(arrival.report.names) or "nothing", ", ".join(here.names) or "nothing"
-                return f"a newcomer registered {theirs}, but the members {ours}: every rank must register the same"
+                theirs = ", ".join(name for name in arrival.report.names if name not in here.names)
+                ours = ", ".join(name for name in here.names if name not in arrival.report.names)
+                return (
+                    f"a newcomer has {theirs or 'nothing'} where the members have {ours or 'nothing'}: every rank must "
+                    "register the same state, make the same arrays and read the same data"
+                )
         return ""
 
     def _plan(self, here: Here) -> Plan:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,14 @@ class Script:
 
 @dataclass
 class Session:
-    """One process's part of a run."""
+    """One process's part of a run. `began` is when it began to warm up, by its clock."""
 
     config: Config
     run: RunDirectory
     script: Script
     started: float
     clock: Callable[[], float] = time.perf_counter
+    began: float = field(default_factory=time.perf_counter)
 
     def seconds(self) -> float:
         """Seconds since the run began."""

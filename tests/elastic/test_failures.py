@@ -86,7 +86,7 @@ he.run(train)
 @pytest.mark.parametrize(
     ("before", "setup", "reason"),
     [
-        ("", "job.register(x=x) if job.joined else job.register(y=x)", "registered y"),
+        ("", "job.register(x=x) if job.joined else job.register(y=x)", "a newcomer has y where the members have x"),
         ("", "1 / (1 if job.joined else 0)", "ZeroDivisionError"),
         ("if 'hpc_elastic.worker' in sys.modules or sys.argv[0] == '': raise OSError('no licence')", "", ""),
         ("import os\nif os.environ.get('X') is None and sys.argv[1:] == []: pass", "", None),
