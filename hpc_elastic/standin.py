@@ -1,6 +1,6 @@
 """Stand-in: what a seed rank started without a launcher becomes when it leaves. Waits for the end, ends as the run ended.
 
-python -I -S standin.py RUN
+    python -I -S standin.py RUN
 """
 
 from __future__ import annotations
