@@ -192,6 +192,9 @@ def test_leaves_come_in_their_order(second):
     tree.feed(Node(0, 3), 3)
     with pytest.raises(StepError, match=r"microbatch \d was added after 3"):
         tree.feed(second, 2)
+    tree.skip(Node(0, 1))  # known long since, and changes nothing
+    with pytest.raises(StepError, match=r"was added after 3"):
+        tree.feed(Node(0, 2), 2)
 
 
 def test_siblings_do_not_wait_for_the_next_leaf():

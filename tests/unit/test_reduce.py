@@ -290,20 +290,25 @@ def test_a_result_is_valid_until_the_next_reduce():
         FakeWorld(size).run(body)
 
 
-def test_buffers_are_used_again():
-    """Steps do not make a job grow."""
+def test_buffers_are_used_again(monkeypatch):
+    """Steps do not make a job grow, and only the first two make buffers."""
+    made = []
+    new = reduce.Form.new
+    monkeypatch.setattr(reduce.Form, "new", lambda form: made.append(form) or new(form))
 
     def body(ranks):
         total = reduce.Sum(8, lambda: ranks)
-        spare = []
+        spare, forms = [], []
         for step in range(6):
             use(total, step, 8, set(), mixed)
             spare.append(len(total._spare))
-        return spare
+            forms.append(sum(form is total._form for form in list(made)))
+        return spare, forms
 
     for size in (1, 2, 4):
-        for spare in FakeWorld(size).run(body):
+        for spare, forms in FakeWorld(size).run(body):
             assert len(set(spare[1:])) == 1, f"at {size} ranks, spare buffers by step: {spare}"
+            assert len(set(forms[1:])) == 1, f"at {size} ranks, buffers made up to each step: {forms}"
 
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1, 2), (4, 1, 4), (2, 4, 3)])
