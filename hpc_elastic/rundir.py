@@ -1,15 +1,15 @@
 """The run directory: all control of a job goes through its files, and the file system's permissions are the security.
 
-    RUN/                 mode 0700
-        config.json      settings given on the command line
-        events.jsonl     what happened (`hpc_elastic.events`)
-        status.json      how it stands, rewritten by the leader
-        failure.json     why it failed; the first rank that writes it wins
-        ranks/ID.json    one record a process, written by itself
-        inbox/*.json     requests, put there by an atomic rename
-        answers/*.json   what became of them
-        newcomers/       what newcomers are told and what they report, before they are connected by MPI
-        ledger/          consumed samples, if asked for
+RUN/                 mode 0700
+    config.json      settings given on the command line
+    events.jsonl     what happened (`hpc_elastic.events`)
+    status.json      how it stands, rewritten by the leader
+    failure.json     why it failed; the first rank that writes it wins
+    ranks/ID.json    one record a process, written by itself
+    inbox/*.json     requests, put there by an atomic rename
+    answers/*.json   what became of them
+    newcomers/       what newcomers are told and what they report, before they are connected by MPI
+    ledger/          consumed samples, if asked for
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a process says of itself.
 
-    ``outcome`` is "member", "parked", "retired", "stand-in", "cancelled", "ended" or "failed".
+    ``outcome`` is "member", "parked", "retired", "cancelled", "ended" or "failed".
     """
 
     member: Member

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,7 @@ class Supervisor:
         if last is not None and last.state in ("ended", "stopped"):
             return EXIT_OK
         if not self.run.records() and code == 0:
+            shutil.rmtree(self.run.path)
             sys.stderr.write(f"hpc_elastic: {self._name} ended without calling he.run(train): nothing was run\n")
             return EXIT_NEVER_RAN
         sys.stderr.write(

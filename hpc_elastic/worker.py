@@ -1,6 +1,6 @@
 """What a newcomer runs: receive the options, then run the user's script, which joins the job where its loop begins.
 
-    python -m hpc_elastic.worker RUN MEMBER
+python -m hpc_elastic.worker RUN MEMBER
 """
 
 from __future__ import annotations

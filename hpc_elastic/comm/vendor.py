@@ -32,8 +32,6 @@ class Vendor:
     spawn_holds_lock : bool
         A thread inside ``MPI_Comm_spawn`` keeps the other threads of its process from calling MPI until the child has
         called ``MPI_Init``.
-    singleton_can_end : bool
-        A process that no launcher started can end before those that it spawned.
     leaves_shared_memory : str
         Pattern below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
@@ -47,7 +45,6 @@ class Vendor:
     launch: tuple[str, ...]
     spawns_at_once: bool
     spawn_holds_lock: bool
-    singleton_can_end: bool
     leaves_shared_memory: str
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -62,7 +59,6 @@ VENDORS = (
         launch=(),
         spawns_at_once=True,
         spawn_holds_lock=True,
-        singleton_can_end=True,
         leaves_shared_memory="mpich_*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
@@ -90,8 +86,6 @@ VENDORS = (
         launch=("--with-ft", "ulfm"),
         spawns_at_once=False,
         spawn_holds_lock=False,
-        # It is the parent of their launcher, which ends with it.
-        singleton_can_end=False,
         leaves_shared_memory="sm_segment.*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",

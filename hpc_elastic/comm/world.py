@@ -38,8 +38,12 @@ LAUNCHED = under_launcher()  # asked now, since Open MPI sets such variables its
 
 
 def must_stay() -> bool:
-    """Tell whether this process can't end before the others do: it shares its MPI world, or is their launcher's parent."""
-    return MPI.COMM_WORLD.size > 1 or not (LAUNCHED or vendor().singleton_can_end)
+    """Tell whether this process can't end before the others do.
+
+    It shares its MPI world with others, or no launcher started it and it is the parent of theirs: Open MPI's ends with it,
+    MPICH's kills its process group at the end, which is that of the shell script it runs in.
+    """
+    return MPI.COMM_WORLD.size > 1 or not LAUNCHED
 
 
 def finalize() -> None:

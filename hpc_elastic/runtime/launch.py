@@ -76,8 +76,12 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
     if _ran:
         raise JobError("he.run was called twice in one process: put everything into one function")
     _ran.append("")
-    build(settings)
-    job = _newcomer_job() if _newcomer else _seed_job(settings)
+    try:
+        build(settings)
+        job = _newcomer_job() if _newcomer else _seed_job(settings)
+    except ElasticError:
+        _print_only_the_message()
+        raise
     try:
         result = train(job)
         job.end()
@@ -207,21 +211,9 @@ def _retire(job: Job) -> None:
     session.record(job.member, "retired")
     finalize()
     if _by_hand:
-        # A shell waits for this process, as it is the one that was started by hand.
-        if job.member.parks:
-            others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
-            _await(lambda: not any(alive(pid) for pid in others), session.config.deadline_s)
-        else:
-            session.record(job.member, "stand-in")
-            _stand_in(session.run.path)
-
-
-def _stand_in(run: Path) -> None:
-    """Become a tiny process that waits for the end of the run: a shell waits for this one, and its memory is free."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    waiter = Path(__file__).parent.parent / "standin.py"
-    os.execv(sys.executable, [sys.executable, "-I", "-S", str(waiter), str(run)])  # noqa: S606  (no shell is what is wanted)
+        # A shell waits for this process, and what follows he.run in the script may still print on the others.
+        others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
+        _await(lambda: not any(alive(pid) for pid in others), session.config.deadline_s)
 
 
 def _fail(job: Job, error: BaseException) -> None:
@@ -312,6 +304,18 @@ def _await(done: Callable[[], bool], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while not done() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def _print_only_the_message() -> None:
+    """Print this package's errors without a traceback: their messages say what to do."""
+
+    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+        if isinstance(value, ElasticError):
+            sys.stderr.write(f"hpc_elastic: {value}\n")
+        else:
+            sys.__excepthook__(kind, value, trace)
+
+    sys.excepthook = hook
 
 
 def _be_quiet() -> None:

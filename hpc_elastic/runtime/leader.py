@@ -13,7 +13,7 @@ from ..comm.messages import Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
 from ..model import Member, Observation, Resize, Supply
-from ..policy import check, give_back, leaving, newcomers
+from ..policy import bounded, check, give_back, leaving, newcomers
 from ..rundir import Answer
 from .plan import Office, Parked, Plan
 from .reports import Here, Reports
@@ -123,9 +123,18 @@ class Leader:
             self._begin(here, msgspec.structs.replace(forced, leavers=leavers), forced=True)
             return
         resize = self.policy.decide(seen)
+        if resize is None and office.asked is not None:
+            self._refused(here, Resize(office.asked), supply.why or "nothing to change", forced=False)
+            return
+        below_min = resize is None and self.world.size < seen.min_ranks and supply.offered > 0
+        if below_min:
+            resize = bounded(seen, seen.min_ranks, f"min = {seen.min_ranks}")
         failed, retry_at, _ = self._failed
-        if resize is not None and (resize.ranks != failed or self.session.clock() >= retry_at):
-            self._begin(here, resize, forced=False)
+        if resize is None or (resize.ranks == failed and self.session.clock() < retry_at):
+            return
+        if office.asked is not None and resize.ranks != office.asked:
+            self.reports.say(resize.reason)
+        self._begin(here, resize, forced=below_min)
 
     def _begin(self, here: Here, resize: Resize, *, forced: bool) -> None:
         size, config = self.world.size, self.session.config
@@ -313,7 +322,7 @@ class Leader:
         if record is None:
             return False
         elsewhere = member.host != self.world.me.host
-        return record.outcome in ("parked", "stand-in") or (elsewhere and record.outcome == "retired")
+        return record.outcome == "parked" or (elsewhere and record.outcome == "retired")
 
     # --- people's requests --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The main job, twice: on one static rank, and going 1 -> 3 -> 2 with rank 0 leaving; both must end with the same bits.
 
-    python -m jobs.image.demo
+python -m jobs.image.demo
 """
 
 from __future__ import annotations

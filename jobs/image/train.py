@@ -1,7 +1,7 @@
 """Image classifier that trains on while its ranks come and go: upright or upside down, or the ten classes.
 
-    hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.image.train --epochs 40
-    python -m jobs.image.train --data fashion --epochs 3
+hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.image.train --epochs 40
+python -m jobs.image.train --data fashion --epochs 3
 """
 
 from __future__ import annotations

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from ..launch import Job, mpiexec
+from ..launch import ROOT, Job, mpiexec
 from .conftest import UNDER_MPIEXEC
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_on_ranks(n, tmp_path):
-    command = [*mpiexec(n), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(Path(__file__).parent.parent.parent)]
+    command = [
+        *mpiexec(n),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(Path(__file__).parent.parent.parent),
+    ]
     command += ["--basetemp", str(tmp_path / "base"), str(Path(__file__).parent / "test_world.py")]
     with Job(command, folder=tmp_path, limit_s=120, environ={UNDER_MPIEXEC: "1"}) as job:
         done = job.wait()

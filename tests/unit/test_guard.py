@@ -1,4 +1,4 @@
-"""The guard and the stand-in, as the processes that they are."""
+"""The guard, as the process that it is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import hpc_elastic
-from hpc_elastic.model import Member
-from hpc_elastic.rundir import Failure, RankRecord, RunDirectory, Status
+from hpc_elastic.rundir import Failure, RunDirectory
 
 PACKAGE = Path(hpc_elastic.__file__).parent
 PYTHON = [sys.executable, "-I", "-S"]
@@ -119,27 +118,35 @@ def test_a_run_directory_that_is_gone_is_said(run, tmp_path):
     assert "ended with exit code 5; could not be recorded" in ended.stderr
 
 
+# Not a shell: it can't trap what its parent ignored, as processes in the background ignore SIGINT and SIGQUIT.
+TRAP = """
+import os, signal
+def hear(number, frame):
+    os.write(1, b"heard")
+    os._exit(9)
+signal.signal({number}, hear)
+os.write(1, b"ready\\n")
+while True:
+    signal.pause()
+"""
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
 )
 def test_signals_are_passed_to_the_rank(run, number):
     """The rank hears of it, and the guard ends as the rank does."""
-    with subprocess.Popen(
-        guard(run, *shell(f"trap 'echo heard; exit 9' {number.value}; echo ready; while :; do read -r _ || :; done")),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    command = guard(run, *PYTHON, "-c", TRAP.format(number=number.value))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             until(lambda: catches(process.pid, number))
             process.send_signal(number)
-            out, _ = process.communicate(timeout=LIMIT_S)  # closes stdin, on which the shell may still be waiting
+            out, _ = process.communicate(timeout=LIMIT_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert out == "heard\n"
+    assert out == "heard"
     assert process.returncode == 9
 
 
@@ -264,75 +271,3 @@ def connect(path):
     finally:
         os.close(folder)
     return caller
-
-
-# --- the stand-in ---------------------------------------------------------------------------------------------------------
-
-
-def status(state):
-    return Status(state=state, time=1.0, started=0.0)
-
-
-def stand_in(run):
-    return [*PYTHON, str(PACKAGE / "standin.py"), str(run.path)]
-
-
-@pytest.mark.parametrize(("state", "code"), [("ended", 0), ("stopped", 0), ("failed", 1)])
-def test_a_stand_in_ends_as_the_run_ended(run, state, code):
-    run.put_status(status(state))
-    assert done(stand_in(run)).returncode == code
-
-
-def test_a_stand_in_ends_with_a_failure(run):
-    run.put_status(status("running"))
-    run.fail(Failure(error="x", traceback="", member=1, rank=1, host="node", generation=0, step=0))
-    assert done(stand_in(run)).returncode == 1
-
-
-def test_a_stand_in_ends_if_the_run_directory_is_gone(run, tmp_path):
-    run.path.rename(tmp_path / "elsewhere")
-    assert done(stand_in(run)).returncode == 1
-
-
-@pytest.mark.parametrize("before", ["starting", "running"])
-def test_a_stand_in_waits_for_the_end(run, before):
-    run.put_status(status(before))
-    with subprocess.Popen(stand_in(run)) as process:
-        try:
-            until(lambda: b"standin.py" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
-            looks = seen_reads(process.pid)
-            until(lambda: process.poll() is not None or seen_reads(process.pid) > looks)
-            assert process.poll() is None
-            run.put_status(status("ended"))
-            assert process.wait(LIMIT_S) == 0
-        finally:
-            process.kill()
-
-
-def seen_reads(pid):
-    """How often the process has been put to sleep of its own will, as it is between two looks."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("voluntary_ctxt_switches")).split()[1])
-
-
-def test_a_stand_in_waits_for_the_ranks(run):
-    """What follows `he.run` in the script may still print; the shell's prompt must not come before it."""
-    with subprocess.Popen(["sleep", "1000"]) as rank:
-        try:
-            member = Member(id=1, pid=rank.pid, host=os.uname().nodename)
-            elsewhere = Member(id=2, pid=1, host="another")
-            for one in (member, elsewhere):
-                run.put_record(RankRecord(member=one, outcome="ended", time=1.0))
-            run.put_status(status("ended"))
-            with subprocess.Popen(stand_in(run)) as process:
-                try:
-                    until(lambda: b"standin.py" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
-                    looks = seen_reads(process.pid)
-                    until(lambda: process.poll() is not None or seen_reads(process.pid) > looks + 5)
-                    assert process.poll() is None
-                    rank.kill()  # nobody has waited for it yet: a zombie counts as gone
-                    assert process.wait(LIMIT_S) == 0
-                finally:
-                    process.kill()
-        finally:
-            rank.kill()
