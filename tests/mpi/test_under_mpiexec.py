@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ..launch import ROOT, Job, mpiexec
+from ..launch import Job, mpiexec
 from .conftest import UNDER_MPIEXEC
 
 
