@@ -103,6 +103,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigError('policy = "timetable" needs a timetable, such as timetable = "20:3,40:2"')
         if self.timetable and self.policy != "timetable":
             raise ConfigError(f'a timetable is given, but policy = "{self.policy}": set policy = "timetable"')
+        if self.supply and self.broker != "script":
+            raise ConfigError(f'a supply is given, but broker = "{self.broker}": set broker = "script"')
         if self.broker == "script" and not self.supply:
             raise ConfigError('broker = "script" needs a supply, such as supply = "0:1,20:3"')
 

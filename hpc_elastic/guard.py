@@ -52,16 +52,26 @@ def record_death(run: str, member: int, pid: int, how: str) -> None:
 
 
 def start(command: list[str]) -> int:
-    """Start the rank and return its pid."""
+    """Start the rank and return its pid; signals to the guard are passed on to it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # one that comes now waits for the handlers
     pid = os.fork()
     if pid == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         try:
             os.execvp(command[0], command)  # noqa: S606  (a shell is just what it must not be)
         except OSError as problem:
             sys.stderr.write(f"hpc_elastic guard: {command[0]}: {problem.strerror}\n")
             os._exit(127)
+
+    def forward(number: int, _: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it has just ended
+
     for number in FORWARDED:
-        signal.signal(number, lambda received, _: os.kill(pid, received))
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     return pid
 
 

@@ -59,7 +59,7 @@ class Manual:
         """Return the resize asked for, or None."""
         if (back := give_back(seen)) is not None or seen.asked is None:
             return back
-        return bounded(seen, seen.asked, f"{seen.asked} ranks were asked for")
+        return bounded(seen, seen.asked, f"asked for: {seen.asked}")
 
 
 @dataclass(frozen=True)
