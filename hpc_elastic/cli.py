@@ -19,7 +19,7 @@ import msgspec
 import typer
 
 from . import __version__, events
-from .config import build, from_environment, from_file
+from .config import from_environment, from_file, merge
 from .errors import ConfigError, ElasticError, LaunchError, RunDirectoryError, ShardError
 from .model import Request
 from .rundir import RunDirectory, Status
@@ -106,6 +106,8 @@ def run(
       hpc-elastic run --config job.toml --set deadline_s=60 train.py
       hpc-elastic run --timetable 40:3,120:2-0 train.py    # 3 ranks from step 40 on, then 2, rank 0 leaving
     """
+    from .broker.script import ScriptBroker
+    from .policy import Timetable
     from .supervisor import Supervisor
 
     # A run directory that can't be used is a wrong setting here.
@@ -124,8 +126,12 @@ def run(
             "progress": progress,
             **dict(_pair(item) for item in setting or []),
         }
-        settings = build(from_file(config) if config else {}, from_environment(os.environ), given)
-        supervisor = Supervisor(script, arguments or [], settings, module=module)
+        given = merge(from_file(config) if config else {}, from_environment(os.environ), given)
+        if given.get("timetable"):
+            Timetable.parse(str(given["timetable"]))
+        if given.get("supply"):
+            ScriptBroker.parse(str(given["supply"]))
+        supervisor = Supervisor(script, arguments or [], given, module=module)
         typer.echo(f"run directory {supervisor.run.path}", err=True)
         raise typer.Exit(supervisor.go())
 

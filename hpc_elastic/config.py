@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,12 +80,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run_dir: str = ""
     progress: Literal["auto", "plain", "off"] = "auto"
 
-    def check(self) -> None:  # noqa: C901  (a list of contradictions)
+    def check(self) -> None:  # noqa: C901, PLR0912  (a list of contradictions)
         """Raise `ConfigError` where settings contradict each other."""
         for name in ("min", "ranks", "microbatches", "cores_per_rank"):
             value = getattr(self, "min_ranks" if name == "min" else name)
             if value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed = {self.seed}: must be below 2**63")
         for name in ("max", "slots", "gpus_per_rank", "seed"):
             value = getattr(self, "max_ranks" if name == "max" else name)
             if value < 0:
@@ -147,6 +148,15 @@ def _known(settings: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"unknown setting {key!r} in {where}{hint}")
 
 
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of all `layers`, later ones winning; None stands for not given."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _known(layer, "the settings")
+        merged.update({key: value for key, value in layer.items() if value is not None})
+    return merged
+
+
 def build(*layers: Mapping[str, Any]) -> Config:
     """Return the checked configuration from `layers` of settings, later ones winning.
 
@@ -155,12 +165,8 @@ def build(*layers: Mapping[str, Any]) -> Config:
     ConfigError
         If a setting is unknown, of the wrong type, or contradicts another.
     """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _known(layer, "the settings")
-        merged.update({key: value for key, value in layer.items() if value is not None})
     try:
-        config = msgspec.convert(merged, Config, strict=False)
+        config = msgspec.convert(merge(*layers), Config, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"bad setting: {error}") from error
     config.check()
@@ -171,8 +177,3 @@ def settings(config: Config) -> dict[str, Any]:
     """Return those settings of `config` that differ from the defaults."""
     default = msgspec.to_builtins(Config())
     return {key: value for key, value in msgspec.to_builtins(config).items() if value != default[key]}
-
-
-def load(script: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Config:
-    """Return the configuration of a job started without the supervisor: the script's settings below the environment's."""
-    return build(script, from_environment(environ))

@@ -66,7 +66,8 @@ class Ready(Event, frozen=True, kw_only=True):
 class Resized(Event, frozen=True, kw_only=True):
     """A resize was committed. Times are in seconds.
 
-    ``stages`` holds what the members stood still for, by stage; ``standstill_s`` is their sum on the slowest member.
+    ``stages`` holds what the new leader stood still for, by stage, and ``standstill_s`` their sum. It takes part in every
+    stage, and the others wait for it.
     """
 
     generation: int

@@ -16,9 +16,13 @@ import os
 import select
 import signal
 import sys
+import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR = "HPC_ELASTIC_DOOR"
+LOOK_S = 0.5
+GRACE_S = 3.0
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 LARGEST = 1 << 18  # bytes that handover.py sends at most
 
 
@@ -51,9 +55,47 @@ def record_death(run: str, member: int, pid: int, how: str) -> None:
         sys.stderr.write(f"hpc_elastic guard: {error}; could not be recorded in {run}: {problem}\n")
 
 
-def start(command: list[str]) -> int:
-    """Start the rank and return its pid; signals to the guard are passed on to it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # one that comes now waits for the handlers
+def end(pid: int) -> None:
+    """End the rank, which may not heed SIGTERM."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_S
+        try:
+            os.kill(pid, number)
+            while number == signal.SIGTERM and time.monotonic() < deadline and os.waitid(os.P_PID, pid, ENDED) is None:
+                time.sleep(0.02)
+        except (ProcessLookupError, ChildProcessError):
+            return
+
+
+def left_well(run: str, member: str) -> bool:
+    """Tell whether the rank says of itself that it was done with the job."""
+    try:
+        with open(os.path.join(run, "ranks", member + ".json"), encoding="utf-8") as file:
+            record = file.read()
+    except OSError:
+        return False
+    return any(f'"outcome":"{outcome}"' in record for outcome in ("retired", "cancelled", "ended"))
+
+
+def pass_signals_on(pid: int, *, joined: bool) -> None:
+    """Pass signals to the guard on to the rank; one that has not joined the job is ended for good by SIGTERM."""
+
+    def handle(number: int, _: object) -> None:
+        if number == signal.SIGTERM and not joined:
+            end(pid)
+            return
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it has just ended
+
+    for number in FORWARDED:
+        signal.signal(number, handle)
+
+
+def start(command: list[str], *, joined: bool) -> int:
+    """Start the rank and return its pid."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal that comes now waits for the handlers
     pid = os.fork()
     if pid == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
@@ -62,23 +104,19 @@ def start(command: list[str]) -> int:
         except OSError as problem:
             sys.stderr.write(f"hpc_elastic guard: {command[0]}: {problem.strerror}\n")
             os._exit(127)
-
-    def forward(number: int, _: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass  # it has just ended
-
-    for number in FORWARDED:
-        signal.signal(number, forward)
+    pass_signals_on(pid, joined=joined)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     return pid
 
 
-def hand_on(listener: _socket.socket, door: _socket.socket, pid: int) -> tuple[_socket.socket | None, int | None]:
+def hand_on(listener: _socket.socket, door: _socket.socket, pid: int, run: str) -> tuple[_socket.socket | None, int | None]:
     """Wait for handover.py and hand its gifts on to the rank; return its connection and the PMI descriptor, or None."""
     child = os.pidfd_open(pid)
-    ready, _, _ = select.select([listener.fileno(), child], [], [])
+    ready: list[int] = []
+    while not ready:
+        ready, _, _ = select.select([listener.fileno(), child], [], [], LOOK_S)
+        if not ready and (os.path.exists(os.path.join(run, "failure.json")) or not os.path.isdir(run)):
+            end(pid)  # nobody will come any more
     os.close(child)
     if listener.fileno() not in ready:
         return None, None
@@ -104,19 +142,23 @@ def main() -> None:
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         os.set_inheritable(theirs.fileno(), True)
         os.environ[DOOR] = str(theirs.fileno())
-        pid = start(command)
+        pid = start(command, joined=False)
         theirs.close()
-        caller, session = hand_on(listener, ours, pid)
+        caller, session = hand_on(listener, ours, pid, run)
         listener.close()
-        os.unlink(path)
+        try:
+            os.unlink(path)
+        except OSError:
+            pass  # the run directory may be gone
         joined = caller is not None
+        pass_signals_on(pid, joined=joined)
     else:
         run, member, *command = arguments
-        pid = start(command)
+        pid = start(command, joined=True)
         joined = True
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code != 0 and joined:
+    if code != 0 and joined and not left_well(run, member):
         names = {number.value: number.name for number in signal.Signals}  # most real-time signals have none
         how = (
             f"was killed by signal {-code} ({names.get(-code, 'real-time')})" if code < 0 else f"ended with exit code {code}"
@@ -124,13 +166,13 @@ def main() -> None:
         record_death(run, int(member), pid, how)
         if session is not None and session >= 0:
             close_pmi_session(session)
-    end = code if code >= 0 else 128 - code
+    verdict = code if code >= 0 else 128 - code
     if caller is not None:
         try:
-            caller.send(bytes([end]))
+            caller.send(bytes([verdict]))
         except OSError:
             pass
-    os._exit(end)
+    os._exit(verdict)
 
 
 main()

@@ -18,7 +18,11 @@ def main() -> None:
     path = sys.argv[1]
     folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     guard = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    guard.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    try:
+        guard.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    except OSError:
+        # The newcomer is gone. The leader's MPI_Comm_spawn ends only when somebody has come: be the one, and leave again.
+        os.execv(sys.executable, [sys.executable, "-c", "from mpi4py import MPI; MPI.Comm.Get_parent().Free()"])  # noqa: S606
     variables = b"\0".join(os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith(LAUNCHER))
     session = os.environ.get("PMI_FD")
     rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, int(session).to_bytes(4, sys.byteorder))] if session else []

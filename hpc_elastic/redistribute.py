@@ -60,7 +60,20 @@ class DistributedArray:
         here = ranks()
         self.layout = Layout(self.shape[0], tuple(range(here.size))) if here else Layout(0, (0,))
         self._rank = here.rank if here else 0
-        self.local: Array = np.zeros((self.stop - self.start, *self.shape[1:]), self.dtype)
+        self._local: Array = np.zeros((self.stop - self.start, *self.shape[1:]), self.dtype)
+
+    @property
+    def local(self) -> Array:
+        """Rows of this rank; what is assigned must have their shape and dtype."""
+        return self._local
+
+    @local.setter
+    def local(self, rows: Array) -> None:
+        if rows.shape != self._local.shape or rows.dtype != self.dtype:
+            raise ArrayError(
+                f"array {self.name!r}: this rank's rows are {self._local.shape} {self.dtype}, not {rows.shape} {rows.dtype}"
+            )
+        self._local = rows
 
     @property
     def start(self) -> int:
@@ -180,7 +193,7 @@ class DistributedArray:
         ]
         receives = [(m, local[m.start - start : m.stop - start]) for m in plan if m.target == self._rank]
         ranks.exchange(sends, receives)
-        self.local, self.layout = local, new
+        self._local, self.layout = local, new
         if stays:
             self._rank = kept.index(self._rank)
         return sum(m.stop - m.start for m in plan) * self.row_bytes

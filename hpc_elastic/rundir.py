@@ -14,12 +14,13 @@ RUN/                 mode 0700
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
 from collections.abc import Mapping  # msgspec needs it
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +28,7 @@ from .errors import RunDirectoryError
 from .model import Member, Request, numbers
 
 T = TypeVar("T")
+PARTS = ("inbox", "answers", "newcomers", "ranks")
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +68,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     generation: int
     step: int
+    told: bool = False
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +126,7 @@ class RunDirectory:
             if any(path.iterdir()):
                 raise RunDirectoryError(f"run directory {path} is already used: name another one, or remove it")
             path.chmod(0o700)
-            for name in ("inbox", "answers", "newcomers", "ranks"):
+            for name in PARTS:
                 (path / name).mkdir(mode=0o700)
         except OSError as error:
             raise RunDirectoryError(f"run directory {path} can't be made: {error.strerror}") from error
@@ -141,11 +144,11 @@ class RunDirectory:
 
     # --- values in files -------------------------------------------------------------------------------------------
 
-    def put(self, path: Path, value: msgspec.Struct) -> None:
+    def put(self, path: Path, value: msgspec.Struct | Mapping[str, Any]) -> None:
         """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
         self._put_beside(path, value).rename(path)
 
-    def _put_beside(self, path: Path, value: msgspec.Struct) -> Path:
+    def _put_beside(self, path: Path, value: msgspec.Struct | Mapping[str, Any]) -> Path:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -160,6 +163,16 @@ class RunDirectory:
             return None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{path} is damaged: {error}") from error
+        except OSError as error:
+            raise RunDirectoryError(f"{path} can't be read: {error.strerror}") from error
+
+    def remove_unused(self) -> None:
+        """Remove a run directory in which nothing ran, as far as others have put nothing there."""
+        (self.path / "config.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for name in PARTS:
+                (self.path / name).rmdir()
+            self.path.rmdir()
 
     def put_status(self, status: Status) -> None:
         """Replace the status."""
@@ -197,7 +210,7 @@ class RunDirectory:
 
     def failed(self) -> bool:
         """Tell whether the job has failed. Costs one look at the file system."""
-        return self._failure.exists()
+        return self._failure.exists() or not self.path.is_dir()
 
     def failure(self) -> Failure | None:
         """Return why the job failed, or None."""
@@ -218,7 +231,9 @@ class RunDirectory:
     def requests(self) -> list[tuple[str, Request | None]]:
         """Return the names and contents of the requests waiting, oldest first; None for one that can't be read."""
         found: list[tuple[str, Request | None]] = []
-        for name in sorted(entry.name for entry in os.scandir(self._inbox) if not entry.name.startswith(".")):
+        for name in sorted(
+            entry.name for entry in os.scandir(self._inbox) if entry.is_file() and not entry.name.startswith(".")
+        ):
             try:
                 found.append((name, self.get(self._inbox / name, Request)))
             except RunDirectoryError:
@@ -228,4 +243,5 @@ class RunDirectory:
     def answer(self, name: str, answer: Answer) -> None:
         """Answer the request `name` and take it from the inbox."""
         self.put(self._answers / name, answer)
-        (self._inbox / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not a file: it is passed over from now on
+            (self._inbox / name).unlink(missing_ok=True)

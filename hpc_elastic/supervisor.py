@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +15,15 @@ from typing import Any
 import msgspec
 
 from .comm.vendor import find_mpiexec, orphaned_shared_memory, prepare
-from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, Config, settings
-from .errors import LaunchError
+from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, build
+from .errors import LaunchError, RunDirectoryError
 from .progress import Progress
 from .rundir import Failure, RunDirectory, Status
 
 GUARD = Path(__file__).parent / "guard.py"
 LOOK_S = 0.1
 GRACE_S = 5.0
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NEVER_RAN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -36,11 +37,12 @@ class Supervisor:
         Script file, or with `module` the name of a module.
     arguments : list of str
         Its arguments.
-    config : Config
-        The job's settings.
+    given : dict
+        The job's settings as given outside the script, which win over the script's own.
     """
 
-    def __init__(self, script: str, arguments: list[str], config: Config, *, module: bool = False) -> None:
+    def __init__(self, script: str, arguments: list[str], given: dict[str, Any], *, module: bool = False) -> None:
+        config = build(given)
         if not module and not Path(script).is_file():
             raise LaunchError(f"script {script} does not exist")
         self.mpiexec, self.vendor = find_mpiexec()
@@ -50,6 +52,7 @@ class Supervisor:
         else:
             self.run = RunDirectory.create_below(Path("runs"), stem)
         self.config = config
+        self._given = {key: value for key, value in msgspec.to_builtins(config).items() if key in given}
         self._target = ["-m", script, *arguments] if module else [script, *arguments]
         self._name = script
 
@@ -72,9 +75,10 @@ class Supervisor:
         interrupted = _Interrupts(lambda name: self._interrupt(process, name))
         try:
             while process.poll() is None:
-                status = self.run.status()
-                if status is not None:
-                    progress.show(status)
+                with contextlib.suppress(RunDirectoryError):  # it can be on a file system that has a bad moment
+                    status = self.run.status()
+                    if status is not None:
+                        progress.show(status)
                 time.sleep(LOOK_S)
             last = self.run.status()
             if last is not None:
@@ -95,21 +99,19 @@ class Supervisor:
         _end_group(process)
 
     def _write_settings(self) -> None:
-        path = self.run.path / "config.json"
-        path.write_bytes(msgspec.json.encode(settings(self.config)))
-        path.chmod(0o600)
+        self.run.put(self.run.path / "config.json", self._given)
 
     def _verdict(self, last: Status | None, code: int) -> int:
         """Return the exit code; the run's own record decides, since launchers end with what they like."""
         failure = self.run.failure()
         if failure is not None:
-            told = "" if failure.traceback else f"hpc_elastic: {failure.error}\n"  # else the rank has said it
+            told = "" if failure.told else f"hpc_elastic: {failure.error}\n"  # else the rank has said it
             sys.stderr.write(f"{told}hpc_elastic: run directory {self.run.path}\n")
             return EXIT_FAILED
         if last is not None and last.state in ("ended", "stopped"):
             return EXIT_OK
         if not self.run.records() and code == 0:
-            shutil.rmtree(self.run.path)
+            self.run.remove_unused()
             sys.stderr.write(f"hpc_elastic: {self._name} ended without calling he.run(train): nothing was run\n")
             return EXIT_NEVER_RAN
         sys.stderr.write(
@@ -124,7 +126,7 @@ class _Interrupts:
     def __init__(self, end: Callable[[str], None]) -> None:
         self.seen = False
         self._end = end
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._handle) for number in CAUGHT}
 
     def _handle(self, number: int, _frame: Any) -> None:
         self.seen = True

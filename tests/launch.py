@@ -67,6 +67,10 @@ class Job:
         if self.process.poll() is None:
             self._kill()
 
+    def seconds(self) -> float:
+        """Return how long ago it was started."""
+        return time.monotonic() - self._begun
+
     def text(self) -> tuple[str, str]:
         """Return what it has printed so far."""
         return self._files[0].read_text(errors="replace"), self._files[1].read_text(errors="replace")

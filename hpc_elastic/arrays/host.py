@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
-    array = np.asarray(value)
+    array = np.asarray(float(value) if isinstance(value, (int, float)) else value)  # a mean is no whole number
     if array.dtype.kind not in "fiub":
         raise StepError(
             f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them"

@@ -121,10 +121,22 @@ class Arrivals:
     def skip(self, loop: int) -> None:
         """Send those that wait at an earlier loop than number `loop` on to the next one."""
         for arrival in self.all:
-            if self._bringing is None and arrival.report is not None and 0 < arrival.report.loop < loop:
+            if self._bringing is None and arrival.report is not None and arrival.report.loop < loop:
                 report_file(self._run, arrival.options.member).unlink()
-                self._run.put(order_file(self._run, arrival.options.member), Call(order="skip", index=arrival.report.loop))
+                self._order(arrival, Call(order="skip"))
                 arrival.report = None
+
+    def passed(self, loop: int) -> bool:
+        """Tell whether they are being connected for a loop before number `loop`."""
+        late = (arrival.report is not None and arrival.report.loop < loop for arrival in self.all)
+        return self._bringing is not None and any(late)
+
+    def _order(self, arrival: Arrival, order: Call) -> None:
+        """Tell a newcomer something, by a file as long as it is not connected."""
+        if arrival.line is not None:
+            send(arrival.line, THERE, TO_NEWCOMER, order)
+        else:
+            self._run.put(order_file(self._run, arrival.options.member), order)
 
     def bring(self) -> None:
         """Begin to connect those that are ready, and to form the party."""
@@ -184,11 +196,15 @@ class Arrivals:
         if self._bringing is not None:
             watch.until(lambda: self._bringing is None or not self._bringing.is_alive())
         for arrival in self.all:
-            if arrival.line is not None:
-                send(arrival.line, THERE, TO_NEWCOMER, Call(order="go"))
-            elif arrival.guard is not None:
-                arrival.guard.terminate()
+            self._order(arrival, Call(order="go"))
+        self.terminate()
         self.close()
+
+    def terminate(self) -> None:
+        """End those that are not connected."""
+        for arrival in self.all:
+            if arrival.line is None and arrival.guard is not None:
+                arrival.guard.terminate()
 
     def close(self) -> None:
         """Free the communicators."""

@@ -115,6 +115,8 @@ class Door:
             if order is not None:
                 path.unlink()
                 found.append(order)
+            elif (status := self._run.status()) is not None and status.state in ("ended", "stopped"):
+                found.append(Call(order="go"))
             return bool(found) or bool(select.select([self._door], [], [], 0)[0])
 
         self._watch.until(come)

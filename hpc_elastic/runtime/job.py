@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..comm.world import World
 
-NOTHING, RESIZE, STOP = 0, 1, 2
+NOTHING, RESIZE, STOP, END = 0, 1, 2, 3
 
 
 class Job:
@@ -43,6 +43,10 @@ class Job:
     ----------
     stopped : bool
         True once the job was asked to stop: loops end early.
+    retired, over : bool
+        True once this rank has left, and once nothing more is to come in it.
+    entered : bool
+        True as soon as the members count on this rank: before `joined` in a newcomer that receives its state.
     """
 
     def __init__(self, session: Session, world: World | None, door: Door | None, member: Member) -> None:
@@ -51,6 +55,8 @@ class Job:
         self._world = world
         self._door = door
         self._member = member
+        self.entered = world is not None
+        self.retired = self.over = self._looping = False
         self._registry = Registry()
         self._arrays: list[DistributedArray] = []
         self._tethers: dict[int, World] = {}
@@ -117,6 +123,7 @@ class Job:
         ConfigError
             If a name is taken, or a value has no state.
         """
+        self._before_the_loop("register")
         self._registry.add(owners)
 
     def array(self, shape: Sequence[int], dtype: DTypeLike = np.float64, name: str = "") -> DistributedArray:
@@ -131,11 +138,16 @@ class Job:
         name : str
             Name in messages; every rank makes the same arrays in the same order, before the loop.
         """
+        self._before_the_loop("array")
         array = DistributedArray(name or f"array{len(self._arrays)}", shape, dtype, lambda: self._world)
         if any(array.name == other.name for other in self._arrays):
             raise ArrayError(f"array {array.name!r}: the name is taken")
         self._arrays.append(array)
         return array
+
+    def _before_the_loop(self, what: str) -> None:
+        if self._looping:
+            raise ConfigError(f"job.{what} inside a loop: newcomers could not know of it; call it before the loop")
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
@@ -207,13 +219,25 @@ class Job:
 
     def _turns(self, total: int, epochs: int, unit: str, what: str) -> Iterator[Cursor]:
         """Yield the cursor at every turn, after the resize point."""
+        if self._looping:
+            raise ConfigError("a loop over job.steps or job.loop inside another: finish or leave the first one")
         self._loop += 1
+        self._looping = True
+        try:
+            yield from self._loop_turns(total, epochs, unit, what)
+        finally:
+            self._looping = False
+
+    def _loop_turns(self, total: int, epochs: int, unit: str, what: str) -> Iterator[Cursor]:
         arrays = tuple(self._arrays)
         # What newcomers must have in common with the members.
         names = (*self._registry.names(), *(f"{a.name} {a.shape} {a.dtype}" for a in arrays), what)
         self._here = Here(self._loop, Cursor(), Tally(began=time.time()), epochs, total, unit, arrays, names)
         if self._world is None:
-            if not self._join():
+            called = self._join()
+            if called == "go":
+                raise Retired("sent away before joining")
+            if called == "skip":
                 return
         elif total and not self._resize_point():
             return
@@ -249,10 +273,12 @@ class Job:
             self.stopped = True
             return False
         if word[0] == RESIZE:
-            self._resize(world, order if isinstance(order, Plan) else None)
+            return self._resize(world, order if isinstance(order, Plan) else None)
+        if word[0] == END:
+            raise JobError(f"rank 0 left the loop at step {self._here.cursor.step}, and this rank did not: all have to")
         return True
 
-    def _resize(self, world: World, own_plan: Plan | None) -> None:
+    def _resize(self, world: World, own_plan: Plan | None) -> bool:
         stages = Stages(self._session.clock)
         with stages.stage("drain"):
             plan = msgspec.msgpack.decode(
@@ -261,14 +287,14 @@ class Job:
             arrivals = self._leader.arrivals() if self._leader is not None else None
         transition = Transition(self._registry, self._arrays, stages)
         outcome = transition.of_member(world, plan, arrivals)
-        self._settle(plan, outcome, stages)
+        return self._settle(plan, outcome, stages)
 
-    def _settle(self, plan: Plan, outcome: Outcome, stages: Stages) -> None:
+    def _settle(self, plan: Plan, outcome: Outcome, stages: Stages) -> bool:
+        """Go on in the next generation; False if this rank has to leave its loop."""
         if outcome.tether is not None:
             self._tethers[plan.generation] = outcome.tether
         if outcome.world is None:
-            self._leave(plan)
-            return
+            return self._leave(plan)
         self._world = outcome.world
         if outcome.world.rank != 0:
             self._leader = None
@@ -278,19 +304,23 @@ class Job:
             self._leader.world = outcome.world
         if self._leader is not None:
             self._leader.resized(plan, stages.seconds, outcome.state_bytes, outcome.moved_bytes)
+        return True
 
-    def _leave(self, plan: Plan) -> None:
-        """End this rank's part: unwind, or sleep until it is wanted again."""
+    def _leave(self, plan: Plan) -> bool:
+        """End this rank's part: unwind, or sleep until it is wanted again; False if its loop has ended meanwhile."""
         self._world = self._leader = None
         if not self._member.parks:
+            self.retired = True
             raise Retired(f"process {self._member.id} left the job at step {plan.cursor.step}")
         self._session.record(self._member, "parked")
         tether = self._tethers[plan.generation]
-        self._door, options = Door.parked(tether.comm, self._session.run, self._watch, self._doze)
-        self._member = msgspec.structs.replace(self._member, slot=options.slot)
-        self._session.began = self._session.clock()
-        if not self._join():
-            raise Retired("the job ended while this rank was parked")
+        while True:
+            self._door, options = Door.parked(tether.comm, self._session.run, self._watch, self._doze)
+            self._member = msgspec.structs.replace(self._member, slot=options.slot)
+            self._session.began = self._session.clock()
+            called = self._join()
+            if called != "go":  # else the resize was given up: back to sleep
+                return called == "enter"
 
     def _doze(self) -> None:
         time.sleep(0.05)
@@ -299,8 +329,8 @@ class Job:
         if status is not None and status.state in ("ended", "stopped"):
             raise Retired("the job ended while this rank was parked")
 
-    def _join(self) -> bool:
-        """Report ready, wait to be called, and come in; False if this loop is over already."""
+    def _join(self) -> str:
+        """Report ready, wait to be called, and come in; return the last call: "enter", "skip" this loop, or "go" away."""
         assert self._door is not None
         door, stages = self._door, Stages(self._session.clock)
         warm_s = self._session.clock() - self._session.began
@@ -315,19 +345,21 @@ class Job:
         while True:
             call = door.called()
             if call.order == "skip":
-                return False
+                return "skip"
             if call.order == "go":
                 door.close()
-                raise Retired("sent away before joining")
+                return "go"
             if call.order == "enter":
+                self.entered = True
                 break
         transition = Transition(self._registry, self._arrays, stages)
         plan, outcome = transition.of_newcomer(door, self._watch)
         self._door = None
+        if plan.loop != self._loop:
+            raise JobError(f"joined in loop {plan.loop} while standing in loop {self._loop}")
         self._here = replace(self._here, cursor=plan.cursor, tally=plan.tally)
         self._session.record(self._member, "member")
-        self._settle(plan, outcome, stages)
-        return True
+        return "enter" if self._settle(plan, outcome, stages) else "skip"
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -352,15 +384,27 @@ class Job:
 
     def end(self) -> None:
         """End the job, after the user's function returned on all ranks. Collective."""
+        if self.retired:
+            raise Retired("kept from leaving: don't catch BaseException around the loop")
         if self._world is None:
             raise ConfigError(
                 "the function given to he.run came to its end without a loop: newcomers join in job.steps or job.loop"
             )
+        word = np.array([END if self._leader is not None else NOTHING], np.int64)
+        self._world.fill(word)
+        if word[0] != END:
+            raise JobError(f"this rank left the loop at step {self._here.cursor.step}, and rank 0 did not: all have to")
         self._world.barrier()
         if self._leader is not None:
             self._leader.end(self._here, stopped=self.stopped)
         self._session.record(self._member, "ended")
+        self.over = True
         self.close()
+
+    def abandon(self) -> None:
+        """Let newcomers under way end with the job that has failed."""
+        if self._leader is not None:
+            self._leader.abandon()
 
     def close(self) -> None:
         """Free the communicators."""

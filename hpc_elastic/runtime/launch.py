@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,16 +21,18 @@ import msgspec
 from .. import events
 from ..comm.vendor import own_shared_memory, prepare, under_launcher
 from ..config import build
-from ..errors import ElasticError, JobError, RankError, Retired
+from ..errors import ElasticError, JobError, RankError, Retired, RunDirectoryError
 from ..model import Member
 from ..rundir import Failure, RunDirectory
 from .session import Script, Session, alive, open_run, packed, seed_config, unpacked
 
 if TYPE_CHECKING:
     from ..comm.door import Door
+    from ..comm.world import World
     from .job import Job
 
 T = TypeVar("T")
+LOOK_S = 0.5
 LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
 
 _by_hand = not under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
@@ -89,6 +93,10 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
         _retire(job)
         raise SystemExit(0) from None
     except BaseException as error:
+        if job.retired:
+            traceback.print_exception(error)  # raised while unwinding; the job goes on without this rank
+            _retire(job)
+            raise SystemExit(0) from None
         _fail(job, error)
         raise AssertionError("unreachable") from error
     return result
@@ -121,11 +129,41 @@ def _seed_job(given: dict[str, Any]) -> Job:
     faulthandler.register(signal.SIGQUIT)  # Ctrl-\\ or kill -QUIT prints the stacks of a rank that hangs
     atexit.register(finalize)
     world = World.of_seeds(Watch())
-    session = _agree(world, lambda: _first_session(given, world))
-    world.watch.check = session.check
-    member = world.me
-    session.record(member, "member")
-    return _agree_job(world, lambda: Job(session, world, None, member))
+    session = _agree(world, lambda: _first_session(given, world) if world.rank == 0 else None)
+    told = _Agreed(packed(session.config), str(session.run.path), session.started) if session is not None else None
+    agreed = msgspec.msgpack.decode(world.tell(msgspec.msgpack.encode(told) if told else None), type=_Agreed)
+
+    def make() -> Job:
+        mine = session or Session(
+            unpacked(agreed.settings), RunDirectory(Path(agreed.run)), Script.running(), agreed.started
+        )
+        world.watch.check = mine.check
+        mine.record(world.me, "member")
+        return Job(mine, world, None, world.me)
+
+    job = _agree(world, make)
+    assert job is not None
+    _watch_for_failure(job)
+    return job
+
+
+def _agree(world: World, make: Callable[[], T]) -> T:
+    """Make something on every seed rank; all raise if one of them can't. Collective."""
+    error: Exception | None = None
+    made = None
+    try:
+        made = make()
+    except Exception as problem:  # noqa: BLE001  (told to the others, and raised below)
+        error = problem
+    told = world.gather_all(f"{type(error).__name__}:{error}".encode() if error else b"")
+    if error is not None:
+        raise error
+    failed = next((text for text in told if text), None)
+    if failed is not None:
+        _be_quiet()
+        kind, text = failed.decode().split(":", 1)
+        raise _named(kind)(text)
+    return made  # type: ignore[return-value]
 
 
 def _first_session(given: dict[str, Any], world: Any) -> Session:
@@ -145,44 +183,6 @@ class _Agreed(msgspec.Struct, frozen=True):
     settings: dict[str, Any]
     run: str
     started: float
-    error: str = ""
-    kind: str = ""
-
-
-def _agree(world: Any, make: Callable[[], Session]) -> Session:
-    """Make the session on rank 0 and give it to the other seed ranks; all raise if it can't be made."""
-    if world.rank == 0:
-        try:
-            session = make()
-        except ElasticError as error:
-            world.tell(msgspec.msgpack.encode(_Agreed({}, "", 0.0, str(error), type(error).__name__)))
-            raise
-        world.tell(msgspec.msgpack.encode(_Agreed(packed(session.config), str(session.run.path), session.started)))
-        return session
-    agreed = msgspec.msgpack.decode(world.tell(None), type=_Agreed)
-    if agreed.error:
-        _be_quiet()
-        raise _named(agreed.kind)(agreed.error)
-    return Session(unpacked(agreed.settings), RunDirectory(Path(agreed.run)), Script.running(), agreed.started)
-
-
-def _agree_job(world: Any, make: Callable[[], Job]) -> Job:
-    """Make the job on all seed ranks; all raise if the leader's can't be made."""
-    error: ElasticError | None = None
-    job = None
-    try:
-        job = make()
-    except ElasticError as problem:
-        error = problem
-    told = world.tell(f"{type(error).__name__}:{error}".encode() if error else b"")
-    if error is not None:
-        raise error
-    if told:
-        _be_quiet()
-        kind, text = told.decode().split(":", 1)
-        raise _named(kind)(text)
-    assert job is not None
-    return job
 
 
 def _named(kind: str) -> type[ElasticError]:
@@ -198,13 +198,16 @@ def _newcomer_job() -> Job:
 
     atexit.register(finalize)
     door, session, member = _newcomer.pop()
-    return Job(session, None, door, member)
+    job = Job(session, None, door, member)
+    _watch_for_failure(job)
+    return job
 
 
 def _retire(job: Job) -> None:
     from ..comm.world import finalize
 
     session = job._session  # noqa: SLF001
+    job.over = True
     job.close()
     if job._door is not None:  # noqa: SLF001
         job._door.close()  # noqa: SLF001
@@ -213,12 +216,13 @@ def _retire(job: Job) -> None:
     if _by_hand:
         # A shell waits for this process, and what follows he.run in the script may still print on the others.
         others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
-        _await(lambda: not any(alive(pid) for pid in others), session.config.deadline_s)
+        _await(lambda: not any(alive(pid) for pid in others), float("inf"))
 
 
 def _fail(job: Job, error: BaseException) -> None:
     """Record why the job failed, tell the others, and raise the same on every rank."""
     session = job._session  # noqa: SLF001
+    job.over = True
     rank, generation, step = job.where()
     member = job.member
     own = not isinstance(error, RankError)
@@ -229,10 +233,15 @@ def _fail(job: Job, error: BaseException) -> None:
         what = f"SystemExit: the script ended itself (code {error.code!r}) inside he.run"
     else:
         what = f"{type(error).__name__}: {error}"
-    text = f"rank {rank} on {socket.gethostname()} failed in generation {generation} at step {step}: {what}"
-    if not job.joined:
+    host = socket.gethostname()
+    if rank >= 0:
+        text = f"rank {rank} on {host} failed in generation {generation} at step {step}: {what}"
+    else:
+        text = f"newcomer {member.id} on {host} failed while {'joining' if job.entered else 'warming up'}: {what}"
+    if not job.entered:
         _newcomer_failed(job, text, error)
     first = False
+    failure = None
     if own:
         trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
         failure = Failure(
@@ -243,37 +252,49 @@ def _fail(job: Job, error: BaseException) -> None:
             host=socket.gethostname(),
             generation=generation,
             step=step,
+            told=True,
         )
-        first = session.run.fail(failure)
+        with contextlib.suppress(OSError):  # the run directory may be gone, or its disk full
+            first = session.run.fail(failure)
         if first:
             # Now, and once: a launcher that sees another rank end can end this one before its interpreter's end.
             sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
             sys.stderr.flush()
-    known = session.run.failure()
-    message = known.error if known is not None else text
+    job.abandon()
     for segment in own_shared_memory():  # MPI_Finalize would remove them, but it would wait for ranks that don't come
         segment.unlink(missing_ok=True)
-    session.record(member, "failed", message)
-    _say_last_words(job)
-    if job.leads:
-        events.EventLog(session.run.events).write(
-            events.Failed(error=message, rank=rank, host=socket.gethostname(), generation=generation, step=step)
-        )
-        status = session.run.status()
-        if status is not None:
-            session.run.put_status(msgspec.structs.replace(status, state="failed", step=step, time=time.time()))
+    message = text
+    with contextlib.suppress(OSError, RunDirectoryError):
+        known = session.run.failure() or failure or _unknown(text, job)
+        message = known.error
+        session.record(member, "failed", message)
+        _say_last_words(job)
+        if job.leads:
+            events.EventLog(session.run.events).write(
+                events.Failed(error=message, rank=known.rank, host=known.host, generation=known.generation, step=known.step)
+            )
+            status = session.run.status()
+            if status is not None:
+                session.run.put_status(msgspec.structs.replace(status, state="failed", step=step, time=time.time()))
     _be_quiet()
     _end_without_mpi()
     raise RankError(message) from (error if first else None)
 
 
+def _unknown(text: str, job: Job) -> Failure:
+    """Return a failure for where none can be read."""
+    rank, generation, step = job.where()
+    host = socket.gethostname()
+    return Failure(error=text, traceback="", member=job.member.id, rank=rank, host=host, generation=generation, step=step)
+
+
 def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
     """Let the job go on without this newcomer, unless it has failed as a whole."""
     session, door = job._session, job._door  # noqa: SLF001
-    if isinstance(error, Exception) and door is not None and not session.run.failed():
+    if isinstance(error, (Exception, SystemExit)) and door is not None and not session.run.failed():
         traceback.print_exception(error)
         session.record(job.member, "cancelled", text)
-        turn_back(door, job.member, text.replace("rank -1", f"newcomer {job.member.id}", 1))
+        turn_back(door, job.member, text)
 
 
 def turn_back(door: Door, member: Member, why: str) -> None:
@@ -298,6 +319,25 @@ def _say_last_words(job: Job) -> None:
         return gone or (record is not None and record.outcome == "failed")
 
     _await(lambda: all(noticed(member) for member in world.generation.members), LAST_WORDS_S)
+
+
+def _watch_for_failure(job: Job) -> None:
+    """End this process if the job has failed and it does not notice: it may be inside a call that can't be left."""
+    session = job._session  # noqa: SLF001
+
+    def watch() -> None:
+        while not job.over:
+            time.sleep(LOOK_S)
+            if job.entered and session.run.failed() and not job.over:
+                time.sleep(LAST_WORDS_S / 2)  # what other ranks wait for; most have noticed by then, and unwind
+                if not job.over:
+                    with contextlib.suppress(OSError, ElasticError):
+                        session.record(job.member, "failed", str(session.run.failure() or "the run directory is gone"))
+                    for segment in own_shared_memory():
+                        segment.unlink(missing_ok=True)
+                    os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _await(done: Callable[[], bool], limit_s: float) -> None:

@@ -28,6 +28,7 @@ INBOX_EVERY_S = 0.1
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
+LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Leader:
         self._under_way: UnderWay | None = None
         self._stops = False
         self._next_inbox = self._next_status = 0.0
+        self._leaving_since = session.clock()
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
 
     # --- at every turn ------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Leader:
         try:
             check(resize.ranks, leavers=resize.leavers, now=size, minimum=config.min_ranks, maximum=self.office.max_ranks)
             arrivals = self._invite(here, newcomers(size, resize))
-        except ResizeRefused as refusal:
+        except (ResizeRefused, OSError) as refusal:
             self._refused(here, resize, str(refusal), forced=forced)
             return
         self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced)
@@ -192,8 +194,13 @@ class Leader:
         arrivals = self._under_way.arrivals
         if arrivals is None:
             return True
+        problem = arrivals.look()
+        if not problem and arrivals.passed(here.loop):
+            # They connected for a loop that has ended meanwhile: they have to come again.
+            self._again()
+            return False
         arrivals.skip(here.loop)
-        problem = arrivals.look() or self._mismatch(arrivals, here)
+        problem = problem or self._mismatch(arrivals, here)
         waited = self.session.clock() - self._under_way.decided_s
         if not problem and waited > self.session.config.deadline_s:
             problem = f"the newcomers were not there after {waited:.0f} s"
@@ -268,6 +275,17 @@ class Leader:
 
     # --- what becomes of a resize -------------------------------------------------------------------------------------
 
+    def abandon(self) -> None:
+        """End the newcomers under way, without waiting for them: the job has failed."""
+        if self._under_way is not None and self._under_way.arrivals is not None:
+            self._under_way.arrivals.terminate()
+
+    def _again(self) -> None:
+        """Call the resize under way off without counting it: the policy decides anew."""
+        way, self._under_way = self._under_way, None
+        assert way is not None
+        self._dismiss(way)
+
     def give_up(self, here: Here, reason: str) -> None:
         """Call the resize under way off."""
         way = self._under_way
@@ -303,6 +321,14 @@ class Leader:
     def _all_gone(self) -> bool:
         """Give back the slots of leavers whose processes have ended; True if all have."""
         if not self.office.leaving:
+            self._leaving_since = self.session.clock()
+            return True
+        if self.session.clock() - self._leaving_since > LONGEST_LEAVE_S:
+            late = ", ".join(str(member.id) for member in self.office.leaving)
+            self.reports.say(
+                f"process {late} left the job {LONGEST_LEAVE_S:.0f} s ago and still runs: its slot stays in use"
+            )
+            self.office = msgspec.structs.replace(self.office, leaving=())
             return True
         gone = [member for member in self.office.leaving if self._gone(member)]
         slots = {member.slot for member in gone}

@@ -109,6 +109,7 @@ class Step:
         ----------
         values : array, or nested lists, tuples and dicts of arrays
             Mean over the microbatch, as a gradient of a mean loss is; the same structure, shapes and dtypes every time.
+            Arrays of integers are summed instead, since they have no mean of their dtype.
         **metrics : float
             Means over the microbatch, such as ``loss=…``; `metrics` has their means over the batch.
 
@@ -145,5 +146,5 @@ class Step:
 
     def finish(self) -> None:
         """Check that the step was used up."""
-        if self._added and not self._reduced:
-            raise StepError("step.add was called, but not step.reduce: call it once after the microbatches")
+        if not self._reduced:
+            raise StepError("a step ended without step.reduce: call it once after the microbatches; it is what uses them up")
