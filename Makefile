@@ -10,7 +10,6 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
-RUNS := $(CURDIR)/runs
 
 .PHONY: help setup demo test test-mpi bench check clean
 

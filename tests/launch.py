@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from hpc_elastic import events
 from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare, unmapped
-from hpc_elastic.rundir import RunDirectory
 
 ROOT = Path(__file__).parent.parent
 MARK = "JOB_UNDER_TEST"
@@ -155,11 +153,6 @@ def mpiexec(n: int) -> list[str]:
     return [str(path), *vendor.launch, "-n", str(n), sys.executable]
 
 
-def run_dir(path: Path) -> RunDirectory:
-    """Return the run directory `path`."""
-    return RunDirectory(path)
-
-
 def resizes(path: Path) -> list[events.Resized]:
     """Return the resizes of a run."""
     return [event for event in events.read(path / "events.jsonl") if isinstance(event, events.Resized)]
@@ -176,8 +169,3 @@ def until(done, limit_s: float = 30.0) -> None:
     while not done():
         assert time.monotonic() < deadline, f"not within {limit_s} s"
         time.sleep(0.02)
-
-
-def removed(path: Path) -> None:
-    """Remove a folder."""
-    shutil.rmtree(path)

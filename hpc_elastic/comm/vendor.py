@@ -29,9 +29,6 @@ class Vendor:
         Options of its mpiexec.
     spawns_at_once : bool
         Several threads may be inside ``MPI_Comm_spawn`` at a time.
-    spawn_holds_lock : bool
-        A thread inside ``MPI_Comm_spawn`` keeps the other threads of its process from calling MPI until the child has
-        called ``MPI_Init``.
     leaves_shared_memory : str
         Pattern below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
@@ -44,7 +41,6 @@ class Vendor:
     environment: dict[str, str]
     launch: tuple[str, ...]
     spawns_at_once: bool
-    spawn_holds_lock: bool
     leaves_shared_memory: str
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -58,7 +54,6 @@ VENDORS = (
         environment={"UCX_LOG_LEVEL": "error"},
         launch=(),
         spawns_at_once=True,
-        spawn_holds_lock=True,
         leaves_shared_memory="mpich_*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
@@ -85,7 +80,6 @@ VENDORS = (
         },
         launch=("--with-ft", "ulfm"),
         spawns_at_once=False,
-        spawn_holds_lock=False,
         leaves_shared_memory="sm_segment.*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",

@@ -15,7 +15,7 @@ import msgspec
 from ..config import RUN_VARIABLE, Config, build, from_environment, settings
 from ..errors import ConfigError, RankError
 from ..model import Member
-from ..rundir import Failure, RankRecord, RunDirectory
+from ..rundir import RankRecord, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,6 @@ class Session:
         self.run.put_record(
             RankRecord(member=member, outcome=outcome, time=time.time(), error=error, peak_bytes=peak_bytes())
         )
-
-    def fail(self, failure: Failure) -> RankError:
-        """Record that the job failed and return what this rank has to raise: the error of whoever was first."""
-        self.run.fail(failure)
-        first = self.run.failure()
-        return RankError(first.error if first else failure.error)
 
 
 def peak_bytes() -> int:

@@ -11,14 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+from hpc_elastic import events
+
 from .prepare import prepare
 
 LEAST_ACCURACY = 0.90
 RUNS = Path("runs")
 
 
-def job(name: str, epochs: int, data: str, options: list[str]) -> tuple[str, float]:
-    """Run the job with `options` of hpc-elastic run; return the weights' SHA-256 and the accuracy."""
+def job(name: str, epochs: int, data: str, options: list[str]) -> tuple[str, float, list[int]]:
+    """Run the job with `options` of hpc-elastic run; return the weights' SHA-256, the accuracy and the sizes it went to."""
     run = RUNS / f"demo-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [
         "hpc-elastic",
@@ -47,7 +49,8 @@ def job(name: str, epochs: int, data: str, options: list[str]) -> tuple[str, flo
     if options:
         print(f"\n$ hpc-elastic report {run}", flush=True)
         subprocess.run([sys.executable, "-m", "hpc_elastic.cli", "report", str(run)], check=True)
-    return found["sha256"], float(found["accuracy"])
+    resizes = [event for event in events.read(run / "events.jsonl") if isinstance(event, events.Resized)]
+    return found["sha256"], float(found["accuracy"]), [event.after for event in resizes]
 
 
 def main() -> None:
@@ -59,10 +62,14 @@ def main() -> None:
     train, _ = prepare(settings.data, "upright", Path("data") / f"{settings.data}-upright")
     print(f"\n$ hpc-elastic inspect {train}", flush=True)
     subprocess.run([sys.executable, "-m", "hpc_elastic.cli", "inspect", str(train)], check=True)
-    static, _ = job("static", settings.epochs, settings.data, [])
-    elastic, accuracy = job("elastic", settings.epochs, settings.data, ["--slots", "4", "--timetable", "40:3,500:2-0"])
+    static, _, _ = job("static", settings.epochs, settings.data, [])
+    elastic, accuracy, sizes = job(
+        "elastic", settings.epochs, settings.data, ["--slots", "4", "--timetable", "40:3,500:2-0"]
+    )
     same = static == elastic
     print(f"\nstatic  {static}\nelastic {elastic}\n{'the same bits' if same else 'DIFFERENT BITS'}, accuracy {accuracy:.4f}")
+    if sizes != [3, 2]:
+        sys.exit(f"the elastic job should have gone to 3 and 2 ranks, but went to {sizes}")
     if not same or accuracy < LEAST_ACCURACY:
         sys.exit(1)
 

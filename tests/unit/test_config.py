@@ -19,7 +19,6 @@ from hpc_elastic.config import (
     build,
     from_environment,
     from_file,
-    load,
 )
 from hpc_elastic.config import names as setting_names
 from hpc_elastic.config import settings as changed
@@ -47,7 +46,7 @@ def test_later_sources_win(tmp_path):
     environ = {FILE_VARIABLE: str(path), "HPC_ELASTIC_MAX": "13", "HPC_ELASTIC_SEED": "13"}
     config = build(script, from_environment(environ), {"max": 14})
     assert (config.max_ranks, config.seed, config.microbatches, config.slots) == (14, 13, 12, 11)
-    assert load(script, environ) == build(script, from_file(path), {"max": 13, "seed": 13})
+    assert build(script, from_environment(environ)) == build(script, from_file(path), {"max": 13, "seed": 13})
 
 
 def test_what_is_not_given_hides_nothing():
@@ -64,11 +63,6 @@ def test_the_environment_holds_more_than_settings():
         "hpc_elastic_max": "9",
     }
     assert from_environment(environ) == {}
-
-
-def test_the_environment_is_read_by_default(monkeypatch):
-    monkeypatch.setenv("HPC_ELASTIC_SEED", "77")
-    assert load({"seed": 1}).seed == 77
 
 
 # --- types ----------------------------------------------------------------------------------------------------------------
@@ -131,7 +125,7 @@ def test_unknown_settings_are_named_with_their_source(tmp_path):
         (lambda: from_file(path), re.escape(str(path))),
         (lambda: from_environment({"HPC_ELASTIC_MICRO_BATCHES": "4"}), "the environment"),
         (lambda: from_environment({FILE_VARIABLE: str(path)}), re.escape(str(path))),
-        (lambda: load({"micro_batches": 4}, {}), "the settings"),
+        (lambda: build({"micro_batches": 4}, from_environment({})), "the settings"),
     ):
         with pytest.raises(ConfigError, match=f"unknown setting 'micro_batches' in {where}.*did you mean 'microbatches'"):
             read()
