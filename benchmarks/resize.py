@@ -29,11 +29,12 @@ SIZES = (2, 4, 2, 1)
 CHANGES = {(1, 2): "1->2", (2, 4): "2->4", (4, 2): "4->2", (2, 1): "2->1"}
 GOALS_MS = {"2->4": 150.0, "4->2": 50.0, "2->1": 50.0}
 APART = 60  # steps between two resizes, at least
+AROUND_S = 0.05  # between the events and the stamps
 STALL_S = 0.02  # a step that takes this much longer than the median was held up, not merely slow
 
 
-def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], dict[int, np.ndarray]]:
-    """Run the job through `cycles` cycles; return the resizes and the stamps by member."""
+def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], list[events.Ready], dict[int, np.ndarray]]:
+    """Run the job through `cycles` cycles; return the resizes, the newcomers' reports, and the stamps by member."""
     entries = [f"{APART * (i + 1)}:{SIZES[i % len(SIZES)]}" for i in range(cycles * len(SIZES))]
     stamps = folder / "stamps"
     stamps.mkdir()
@@ -51,7 +52,8 @@ def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], dic
                     subprocess.run(stop, check=False, stdout=sys.stderr, stderr=sys.stderr)
     if process.returncode != 0:
         cannot(f"the {kind} job ended with exit code {process.returncode}")
-    return _resizes(folder), {int(file.stem): np.load(file) for file in stamps.iterdir()}
+    ready = [event for event in events.read(folder / "run" / "events.jsonl") if isinstance(event, events.Ready)]
+    return _resizes(folder), ready, {int(file.stem): np.load(file) for file in stamps.iterdir()}
 
 
 def _resizes(folder: Path) -> list[events.Resized]:
@@ -68,28 +70,34 @@ def boundary_s(change: events.Resized, stamps: dict[int, np.ndarray]) -> float:
     return max(gaps)
 
 
-def stalls_s(change: events.Resized, stamps: dict[int, np.ndarray]) -> float:
-    """Return how long the slowest rank was held up within steps, between the decision and the commit of `change`."""
+def stalls_s(change: events.Resized, ready: list[events.Ready], stamps: dict[int, np.ndarray]) -> float:
+    """Return how long the slowest rank was held up within steps while the newcomers of `change` were being connected.
+
+    Before, while they warm up, a step may be slower because it has to share the cores with them, but nobody stands still.
+    """
+    commit = change.time - change.standstill_s
+    begin = commit - sum(event.stages["spawn"] for event in ready if event.member in change.joined) - AROUND_S
     found = [0.0]
     for rows in stamps.values():
-        window = rows[(rows[:, 1] > change.time - change.wait_s - change.standstill_s - 0.05) & (rows[:, 0] < change.step)]
-        if len(window) < 3:
+        before = rows[(rows[:, 1] > commit - change.wait_s - AROUND_S) & (rows[:, 0] < change.step)]
+        if len(before) < 3:
             continue
-        took = np.diff(window[:, 2])
+        took = np.diff(before[:, 2])
         over = took - np.median(took)
-        found.append(float(over[over > STALL_S].sum()))
+        connecting = before[1:, 2] > begin
+        found.append(float(over[connecting & (over > STALL_S)].sum()))
     return max(found)
 
 
 def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
     """Return the records of one kind of job."""
     with tempfile.TemporaryDirectory() as folder:
-        resizes, stamps = run(kind, cycles, Path(folder))
+        resizes, ready, stamps = run(kind, cycles, Path(folder))
     found = []
     for sizes, name in CHANGES.items():
         these = [change for change in resizes if (change.before, change.after) == sizes]
         grows = sizes[1] > sizes[0]
-        held_ms = [1e3 * stalls_s(change, stamps) if grows else 0.0 for change in these]
+        held_ms = [1e3 * stalls_s(change, ready, stamps) if grows else 0.0 for change in these]
         total_ms = [1e3 * boundary_s(change, stamps) + held for change, held in zip(these, held_ms, strict=True)]
         stages = {
             stage: round(1e3 * statistics.median(c.stages.get(stage, 0.0) for c in these), 2) for stage in these[0].stages
