@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import hpc_elastic
 from hpc_elastic import cli, doctor, events
+from hpc_elastic.config import build
 from hpc_elastic.doctor import Check
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import Answer, Failure, RunDirectory, Status
@@ -232,8 +233,9 @@ def test_settings_reach_the_supervisor(monkeypatch):
     options = ["--config", "job.toml", "--max", "4", "--timetable", "3:2", "--set", "deadline_s=60"]
     _, err = invoke("run", *options, "-m", "a.b", "--max", "9", "-x", code=130)
     assert err == f"run directory {Path('spied').absolute()}\n"
-    ((name, arguments, config, module),) = seen
+    ((name, arguments, given, module),) = seen
     assert (name, arguments, module) == ("a.b", ["--max", "9", "-x"], True)
+    config = build(given)
     assert (config.max_ranks, config.seed, config.min_ranks) == (4, 7, 2)
     assert (config.policy, config.timetable, config.deadline_s) == ("timetable", "3:2", 60.0)
 
