@@ -18,14 +18,14 @@ from ..errors import ArrayError, ConfigError, JobError, Retired
 from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
 from ..reduce import Sum
-from ..sampler import Order, microbatches, steps_per_epoch
+from ..sampler import Order, microbatches
 from ..state import Registry
 from .leader import Leader
 from .offices import first_office, make_leader
 from .plan import Plan, Tally
 from .reports import Here
 from .session import Session, peak_bytes
-from .step import Samples, Step
+from .step import Samples, Step, count_steps
 from .transition import Outcome, Stages, Transition
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Job:
             If there are fewer samples in a batch than microbatches, or more ranks allowed than microbatches.
         """
         leaves = self._session.config.microbatches
-        per_epoch = self._check_steps(len(data), epochs, batch, leaves)
+        per_epoch = count_steps(len(data), epochs, batch, self._session.config)
         order = Order(len(data), self._session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self._joined)
         fingerprint = getattr(data, "fingerprint", "")
@@ -189,7 +189,8 @@ class Job:
             step = Step(epoch=cursor.epoch, number=cursor.step, cuts=cuts, order=order, data=data, total=total)
             yield step
             step.finish()
-            self._write_ledger(step)
+            if self._session.config.ledger:
+                step.write_ledger(self._session.run.ledger / f"{self._member.id}.i64")
             last = start + size == len(data)
             after = (
                 Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, start + size, cursor.step + 1)
@@ -203,19 +204,6 @@ class Job:
         for cursor in self._turns(n, 1, "turns", f"{n} turns"):
             yield cursor.step
             self._advance(Cursor(0, 0, cursor.step + 1), 1, {}, end_of_epoch=cursor.step + 1 == n)
-
-    def _check_steps(self, samples: int, epochs: int, batch: int, leaves: int) -> int:
-        if epochs < 0 or batch < 1:
-            raise ConfigError(f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1")
-        if min(samples, batch) < leaves:
-            raise ConfigError(
-                f"{leaves} microbatches, but only {min(samples, batch)} samples in a batch: lower the setting microbatches, "
-                "or take larger batches"
-            )
-        limit = self._session.config.max_ranks
-        if limit > leaves:
-            raise ConfigError(f"max = {limit} ranks can't share {leaves} microbatches: raise microbatches or lower max")
-        return steps_per_epoch(samples, batch)
 
     def _turns(self, total: int, epochs: int, unit: str, what: str) -> Iterator[Cursor]:
         """Yield the cursor at every turn, after the resize point."""
@@ -360,19 +348,6 @@ class Job:
         self._here = replace(self._here, cursor=plan.cursor, tally=plan.tally)
         self._session.record(self._member, "member")
         return "enter" if self._settle(plan, outcome, stages) else "skip"
-
-    # --- records ------------------------------------------------------------------------------------------------------
-
-    def _write_ledger(self, step: Step) -> None:
-        if not self._session.config.ledger:
-            return
-        folder = self._session.run.ledger
-        folder.mkdir(mode=0o700, exist_ok=True)
-        rows = np.empty((len(step.consumed), 3), np.int64)
-        rows[:] = step.epoch, step.number, 0
-        rows[:, 2] = step.consumed
-        with (folder / f"{self._member.id}.i64").open("ab") as file:
-            file.write(rows.tobytes())
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

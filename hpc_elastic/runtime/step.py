@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StepError
+from ..config import Config
+from ..errors import ConfigError, StepError
+from ..sampler import steps_per_epoch
 
 if TYPE_CHECKING:
     from ..reduce import Sum
@@ -148,3 +151,29 @@ class Step:
         """Check that the step was used up."""
         if not self._reduced:
             raise StepError("a step ended without step.reduce: call it once after the microbatches; it is what uses them up")
+
+    def write_ledger(self, file: Path) -> None:
+        """Append what this rank consumed to `file`: rows of epoch, step and sample, int64."""
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        rows = np.empty((len(self.consumed), 3), np.int64)
+        rows[:] = self.epoch, self.number, 0
+        rows[:, 2] = self.consumed
+        with file.open("ab") as ledger:
+            ledger.write(rows.tobytes())
+
+
+def count_steps(samples: int, epochs: int, batch: int, config: Config) -> int:
+    """Return the steps of an epoch, or raise `ConfigError` if steps like these can't be made."""
+    leaves = config.microbatches
+    if epochs < 0 or batch < 1:
+        raise ConfigError(f"job.steps(epochs={epochs}, batch={batch}): epochs must not be negative, batch at least 1")
+    if min(samples, batch) < leaves:
+        raise ConfigError(
+            f"{leaves} microbatches, but only {min(samples, batch)} samples in a batch: lower the setting microbatches, "
+            "or take larger batches"
+        )
+    if config.max_ranks > leaves:
+        raise ConfigError(
+            f"max = {config.max_ranks} ranks can't share {leaves} microbatches: raise microbatches or lower max"
+        )
+    return steps_per_epoch(samples, batch)
