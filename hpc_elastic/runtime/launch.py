@@ -244,16 +244,7 @@ def _fail(job: Job, error: BaseException) -> None:
     failure = None
     if own:
         trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
-        failure = Failure(
-            error=text,
-            traceback=trace,
-            member=member.id,
-            rank=rank,
-            host=socket.gethostname(),
-            generation=generation,
-            step=step,
-            told=True,
-        )
+        failure = _failure(job, text, trace, told=True)
         with contextlib.suppress(OSError):  # the run directory may be gone, or its disk full
             first = session.run.fail(failure)
         if first:
@@ -261,11 +252,10 @@ def _fail(job: Job, error: BaseException) -> None:
             sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
             sys.stderr.flush()
     job.abandon()
-    for segment in own_shared_memory():  # MPI_Finalize would remove them, but it would wait for ranks that don't come
-        segment.unlink(missing_ok=True)
+    _remove_shared_memory()
     message = text
     with contextlib.suppress(OSError, RunDirectoryError):
-        known = session.run.failure() or failure or _unknown(text, job)
+        known = session.run.failure() or failure or _failure(job, text)
         message = known.error
         session.record(member, "failed", message)
         _say_last_words(job)
@@ -281,11 +271,25 @@ def _fail(job: Job, error: BaseException) -> None:
     raise RankError(message) from (error if first else None)
 
 
-def _unknown(text: str, job: Job) -> Failure:
-    """Return a failure for where none can be read."""
+def _failure(job: Job, text: str, trace: str = "", *, told: bool = False) -> Failure:
+    """Return a failure that happened here and now."""
     rank, generation, step = job.where()
-    host = socket.gethostname()
-    return Failure(error=text, traceback="", member=job.member.id, rank=rank, host=host, generation=generation, step=step)
+    return Failure(
+        error=text,
+        traceback=trace,
+        member=job.member.id,
+        rank=rank,
+        host=socket.gethostname(),
+        generation=generation,
+        step=step,
+        told=told,
+    )
+
+
+def _remove_shared_memory() -> None:
+    """Do what ``MPI_Finalize`` would do, which can't be called: it would wait for ranks that don't come."""
+    for segment in own_shared_memory():
+        segment.unlink(missing_ok=True)
 
 
 def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
@@ -332,9 +336,9 @@ def _watch_for_failure(job: Job) -> None:
                 time.sleep(LAST_WORDS_S / 2)  # what other ranks wait for; most have noticed by then, and unwind
                 if not job.over:
                     with contextlib.suppress(OSError, ElasticError):
-                        session.record(job.member, "failed", str(session.run.failure() or "the run directory is gone"))
-                    for segment in own_shared_memory():
-                        segment.unlink(missing_ok=True)
+                        known = session.run.failure()
+                        session.record(job.member, "failed", known.error if known else "the run directory is gone")
+                    _remove_shared_memory()
                     os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -280,18 +280,16 @@ class Leader:
         if self._under_way is not None and self._under_way.arrivals is not None:
             self._under_way.arrivals.terminate()
 
-    def _again(self) -> None:
+    def _again(self) -> UnderWay:
         """Call the resize under way off without counting it: the policy decides anew."""
         way, self._under_way = self._under_way, None
         assert way is not None
         self._dismiss(way)
+        return way
 
     def give_up(self, here: Here, reason: str) -> None:
         """Call the resize under way off."""
-        way = self._under_way
-        assert way is not None
-        self._under_way = None
-        self._dismiss(way)
+        way = self._again()
         _, _, back_off = self._failed
         self._failed = (way.resize.ranks, self.session.clock() + back_off, min(2 * back_off, LONGEST_BACK_OFF_S))
         self._refused(here, way.resize, reason, forced=way.forced)

@@ -51,16 +51,12 @@ class One:
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize("leaves", [3, 13, 16])
 def test_sum_has_the_bits_of_one_rank(length, leaves, world):
-    if world.size > leaves:
-        pytest.skip("more ranks than leaves")
     own, alone = Sum(leaves, lambda: world), Sum(leaves, lambda: One)
     for empty in (set(), {0, 2}, {leaves - 1}):
         for leaf in set(range(leaves)) - empty:
             alone.add(leaf, gradients(leaf, length), {"loss": leaf / 7}, 1 / leaves)
         for leaf in sorted(set(range(*block(leaves, world.size, world.rank))) - empty):
             own.add(leaf, gradients(leaf, length), {"loss": leaf / 7}, 1 / leaves)
-        if world.size == leaves and not own._form:
-            pytest.skip("a rank with no microbatch at all does not know the form")
         (a, b), metrics = own.reduce(empty)
         (c, d), reference = alone.reduce(empty)
         assert a.tobytes() == c.tobytes()
