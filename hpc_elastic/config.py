@@ -17,7 +17,8 @@ FILE_VARIABLE = PREFIX + "CONFIG"
 RUN_VARIABLE = PREFIX + "RUN"
 SUPERVISED_VARIABLE = PREFIX + "SUPERVISED"
 DOOR_VARIABLE = PREFIX + "DOOR"  # in newcomers: where their guard hands the launcher's gifts over
-NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, DOOR_VARIABLE}
+FAULT_VARIABLE = PREFIX + "FAULT"  # for tests: see `hpc_elastic.faults`
+NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, DOOR_VARIABLE, FAULT_VARIABLE}
 
 SHORT = {"min_ranks": "min", "max_ranks": "max"}
 
@@ -56,6 +57,22 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         True writes down which samples were consumed, in the run directory.
     deadline_s : float
         Seconds until a resize under way is given up.
+    arrival : str
+        ``spawn`` (newcomers start under the job's own launcher) or ``join`` (each under a launcher of its own; MPICH only).
+    stall_s : float
+        Seconds without a sign of life after which a rank counts as lost.
+    restarts : int
+        Restarts from the last checkpoint at most, under ``hpc-elastic run``.
+    checkpoint_steps : int
+        A checkpoint every so many steps; 0 for none.
+    checkpoint_s : float
+        A checkpoint every so many seconds; 0 for none.
+    checkpoints_kept : int
+        How many of the last checkpoints are kept.
+    checkpoint_dir : str
+        Folder for the checkpoints; empty keeps them in the run directory.
+    time_limit_s : float
+        Seconds after which the job writes a checkpoint and ends; 0 for no limit.
     run_dir : str
         Run directory; empty makes one below ``runs/``.
     progress : str
@@ -77,23 +94,36 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     hold: bool = False
     ledger: bool = False
     deadline_s: float = 600.0
+    arrival: Literal["spawn", "join"] = "spawn"
+    stall_s: float = 30.0
+    restarts: int = 5
+    checkpoint_steps: int = 0
+    checkpoint_s: float = 600.0
+    checkpoints_kept: int = 3
+    checkpoint_dir: str = ""
+    time_limit_s: float = 0.0
     run_dir: str = ""
     progress: Literal["auto", "plain", "off"] = "auto"
 
     def check(self) -> None:  # noqa: C901, PLR0912  (a list of contradictions)
         """Raise `ConfigError` where settings contradict each other."""
-        for name in ("min", "ranks", "microbatches", "cores_per_rank"):
+        for name in ("min", "ranks", "microbatches", "cores_per_rank", "checkpoints_kept"):
             value = getattr(self, "min_ranks" if name == "min" else name)
             if value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1")
         if self.seed >= 1 << 63:
             raise ConfigError(f"seed = {self.seed}: must be below 2**63")
-        for name in ("max", "slots", "gpus_per_rank", "seed"):
+        for name in (
+            *("max", "slots", "gpus_per_rank", "seed"),
+            *("restarts", "checkpoint_steps", "checkpoint_s", "time_limit_s"),
+        ):
             value = getattr(self, "max_ranks" if name == "max" else name)
-            if value < 0:
+            if not value >= 0:  # NaN is not, either
                 raise ConfigError(f"{name} = {value}: must not be negative")
-        if not self.deadline_s > 0:  # NaN is not, either
-            raise ConfigError(f"deadline_s = {self.deadline_s}: must be positive")
+        for name in ("deadline_s", "stall_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"{name} = {value}: must be positive")
         if self.max_ranks and self.min_ranks > self.max_ranks:
             raise ConfigError(f"min = {self.min_ranks} is more than max = {self.max_ranks}: lower min or raise max")
         if self.max_ranks and self.ranks > self.max_ranks:

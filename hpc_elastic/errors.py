@@ -5,11 +5,13 @@
     ├── RunDirectoryError      the run directory can't be made, is in use, or is not one
     ├── LaunchError            no MPI library, no mpiexec, or the script can't be started
     ├── ShardError             a shard is missing, truncated, foreign or unlike the others
+    ├── CheckpointError        a checkpoint is missing, damaged, or of another job
     ├── StepError              a step was used against its order (a microbatch not added, added twice)
     ├── ArrayError             a distributed array was used wrongly
     ├── ResizeRefused          a resize can't be done, and why
     └── JobError               the job can't go on; every rank raises the same
         ├── RankError          user code raised on one rank
+        ├── LostRank           a rank died or stalled where the job can't go on without it
         └── MembershipError    ranks could not be brought together or parted
 
     Retired (a BaseException)  this rank leaves the job: it unwinds the user's code and must not be swallowed
@@ -40,6 +42,10 @@ class ShardError(ElasticError):
     """A shard is missing, truncated, foreign or does not match the others of its set."""
 
 
+class CheckpointError(ElasticError):
+    """A checkpoint is missing, damaged, or does not fit the job."""
+
+
 class StepError(ElasticError):
     """A step was used against its order."""
 
@@ -58,6 +64,10 @@ class JobError(ElasticError):
 
 class RankError(JobError):
     """User code raised on one rank; the message names rank, host, generation and step."""
+
+
+class LostRank(JobError):  # noqa: N818  (what happened)
+    """A rank died or stalled, and the job can't go on without it: it restarts from its last checkpoint if supervised."""
 
 
 class MembershipError(JobError):

@@ -5,7 +5,14 @@ RUN/                 mode 0700
     events.jsonl     what happened (`hpc_elastic.events`)
     status.json      how it stands, rewritten by the leader
     failure.json     why it failed; the first rank that writes it wins
+    launch.json      how it was started, for restarts and `hpc-elastic resume`
+    office.json      what the leader knows and its successor must, when the leader is lost
     ranks/ID.json    one record a process, written by itself
+    ranks/ID.end.json  how its process ended, written by its guard
+    ranks/ID.beat    touched by the process as a sign of life
+    condemned/ID     put there by whoever judged a process lost; its guard kills it
+    losses/N/        what the survivors of loss N agree on
+    checkpoints/     what restarts begin with (`hpc_elastic.checkpoint`)
     inbox/*.json     requests, put there by an atomic rename
     answers/*.json   what became of them
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
@@ -28,7 +35,7 @@ from .errors import RunDirectoryError
 from .model import Member, Request, numbers
 
 T = TypeVar("T")
-PARTS = ("inbox", "answers", "newcomers", "ranks")
+PARTS = ("inbox", "answers", "newcomers", "ranks", "condemned", "losses")
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +66,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a run failed."""
+    """Why a run failed.
+
+    ``kind`` is "error" (the program's own: a restart would not help), "lost" (a restart from the last checkpoint may help)
+    or "interrupted".
+    """
 
     error: str
     traceback: str
@@ -69,6 +80,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     step: int
     told: bool = False
+    kind: str = "error"
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +94,23 @@ class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     error: str = ""
     peak_bytes: int = 0
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process ended, as its guard saw it; ``signal`` is 0 if it ended by itself."""
+
+    member: int
+    pid: int
+    host: str
+    code: int
+    signal: int
+    time: float
+    peak_bytes: int
+    last_words: str
+
+    def how(self) -> str:
+        """Return that in words."""
+        return f"was killed by signal {self.signal}" if self.signal else f"ended with exit code {self.code}"
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,8 +221,21 @@ class RunDirectory:
 
     def records(self) -> list[RankRecord]:
         """Return the records of all processes that ever were in the job, by their ids."""
-        found = [self.get(path, RankRecord) for path in (self.path / "ranks").glob("[0-9]*.json")]
+        files = (path for path in (self.path / "ranks").glob("[0-9]*.json") if path.stem.isdecimal())
+        found = [self.get(path, RankRecord) for path in files]
         return sorted((record for record in found if record), key=lambda record: record.member.id)
+
+    def end_of(self, member: int) -> End | None:
+        """Return how process `member` ended, or None if its guard has not said so."""
+        return self.get(self.path / "ranks" / f"{member}.end.json", End)
+
+    def beat_file(self, member: int) -> Path:
+        """Return the file that process `member` touches as a sign of life."""
+        return self.path / "ranks" / f"{member}.beat"
+
+    def condemn(self, member: int) -> None:
+        """Have process `member` killed by its guard."""
+        (self.path / "condemned" / str(member)).touch(mode=0o600)
 
     # --- failure ---------------------------------------------------------------------------------------------------
 
