@@ -172,6 +172,14 @@ class DistributedArray:
         self.layout = Layout(form.shape[0], form.owners)
         self._rank = rank
 
+    def saved(self) -> tuple[Array, Layout, int]:
+        """Return what `restore` takes to undo a resize; `redistribute` makes new arrays, so that this costs nothing."""
+        return self._local, self.layout, self._rank
+
+    def restore(self, saved: tuple[Array, Layout, int]) -> None:
+        """Be again as when `saved` was called."""
+        self._local, self.layout, self._rank = saved
+
     def redistribute(self, ranks: Ranks, kept: Sequence[int]) -> int:
         """Move rows so that the ranks `kept` of `ranks` hold all of them; return the bytes that moved. Collective.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -127,8 +127,8 @@ class Registry:
         """Names registered, in order."""
         return list(self._owners)
 
-    def send(self, channel: Channel) -> int:
-        """Send all states to the other ranks of `channel`; return the number of bytes. Collective with `receive`."""
+    def pack(self) -> tuple[bytes, list[Array]]:
+        """Return all states as a header and the arrays it tells of, which are not copied where they are contiguous."""
         entries: list[Entry] = []
         arrays: list[Array] = []
         for owner, thing in self._owners.items():
@@ -139,11 +139,37 @@ class Registry:
                             f"register({owner}=…): {key!r} is an array of {value.dtype}, which can't be sent to newcomers: "
                             "give arrays of plain numbers or texts, one for each field"
                         )
-                    arrays.append(np.ascontiguousarray(value))
+                    arrays.append(np.ascontiguousarray(value).reshape(value.shape))
                     entries.append(Entry(owner, key, value.dtype.str, value.shape))
                 else:
                     entries.append(Entry(owner, key, value=value))
-        header = _encoded(self.names(), entries)
+        return _encoded(self.names(), entries), arrays
+
+    def unpack(self, header: bytes, arrays: Sequence[Array]) -> None:
+        """Load what `pack` returned, there or elsewhere.
+
+        Raises
+        ------
+        MembershipError
+            If other names were packed than are registered here.
+        """
+        states: dict[str, dict[str, Any]] = {name: {} for name in self._owners}
+        rest = iter(arrays)
+        for entry in self._entries(header):
+            states[entry.owner][entry.key] = next(rest) if entry.dtype else entry.value
+        for name, thing in self._owners.items():
+            thing.load(states[name])
+
+    def _entries(self, header: bytes) -> list[Entry]:
+        names, entries = msgspec.msgpack.decode(header, type=tuple[list[str], list[Entry]])
+        if set(names) != set(self._owners):
+            theirs, ours = ", ".join(names) or "nothing", ", ".join(self._owners) or "nothing"
+            raise MembershipError(f"received the state of {theirs}, but this rank registered {ours}")
+        return entries
+
+    def send(self, channel: Channel) -> int:
+        """Send all states to the other ranks of `channel`; return the number of bytes. Collective with `receive`."""
+        header, arrays = self.pack()
         channel.tell(header)
         small = [_bytes(array) for array in arrays if array.nbytes < SMALL_BYTES]
         packed = np.concatenate(small) if small else np.empty(0, np.uint8)
@@ -156,26 +182,22 @@ class Registry:
 
     def receive(self, channel: Channel) -> None:
         """Receive all states and load them."""
-        names, entries = msgspec.msgpack.decode(channel.tell(None), type=tuple[list[str], list[Entry]])
-        if set(names) != set(self._owners):
-            theirs, ours = ", ".join(names) or "nothing", ", ".join(self._owners) or "nothing"
-            raise MembershipError(f"received the state of {theirs}, but this rank registered {ours}")
+        header = channel.tell(None)
+        entries = [entry for entry in self._entries(header) if entry.dtype]
         packed = np.empty(sum(e.nbytes for e in entries if e.nbytes < SMALL_BYTES), np.uint8)
         if packed.nbytes:
             channel.fill(packed)
-        states: dict[str, dict[str, Any]] = {name: {} for name in self._owners}
+        arrays: list[Array] = []
         offset = 0
         for entry in entries:
-            value = entry.value
-            if entry.dtype and entry.nbytes < SMALL_BYTES:
-                value = packed[offset : offset + entry.nbytes].view(entry.dtype).reshape(entry.shape)
+            if entry.nbytes < SMALL_BYTES:
+                value: Array = packed[offset : offset + entry.nbytes].view(entry.dtype).reshape(entry.shape)
                 offset += entry.nbytes
-            elif entry.dtype:
+            else:
                 value = np.empty(entry.shape, entry.dtype)
                 channel.fill(value.reshape(-1))
-            states[entry.owner][entry.key] = value
-        for name, thing in self._owners.items():
-            thing.load(states[name])
+            arrays.append(value)
+        self.unpack(header, arrays)
 
 
 def _encoded(names: list[str], entries: list[Entry]) -> bytes:

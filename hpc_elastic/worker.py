@@ -27,7 +27,8 @@ from .config import DOOR_VARIABLE  # noqa: E402
 from .errors import Retired  # noqa: E402
 from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
-from .runtime.launch import be_newcomer, has_run, turn_back  # noqa: E402
+from .runtime.failing import turn_back  # noqa: E402
+from .runtime.launch import be_newcomer, has_run  # noqa: E402
 from .runtime.session import Script, Session, unpacked  # noqa: E402
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
     session = Session(unpacked(options.settings), run, script, options.started)
-    door = Door(run, number, Watch(session.check), door=int(os.environ.pop(DOOR_VARIABLE)))
+    door = Door(run, number, Watch(session.check), door=int(os.environ.pop(DOOR_VARIABLE)), leader=(options.leader,))
     be_newcomer(door, session, member)
     os.chdir(options.directory)
     sys.path[:] = options.path

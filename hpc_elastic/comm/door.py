@@ -11,7 +11,9 @@ from collections.abc import Callable
 import msgspec
 from mpi4py import MPI
 
+from .. import faults
 from ..errors import MembershipError
+from ..model import Member
 from ..rundir import RunDirectory
 from .messages import (
     BRIDGE_TAG,
@@ -37,14 +39,15 @@ def accept_handover(door: int) -> None:
     """Become, for MPI, the process that the launcher started: take its variables and its session, and initialise MPI."""
     with socket.socket(fileno=door) as guard:
         data, ancillary, _, _ = guard.recvmsg(LARGEST, 1024)
-    if not data:
-        raise MembershipError("the guard is gone")
-    for item in data.split(b"\0"):
-        name, value = os.fsdecode(item).split("=", 1)
-        os.environ[name] = value
-    for _, _, descriptors in ancillary:
-        os.environ["PMI_FD"] = str(int.from_bytes(descriptors[:4], sys.byteorder))
-    MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if not data:
+            raise MembershipError("the guard is gone")
+        for item in data.split(b"\0"):
+            name, value = os.fsdecode(item).split("=", 1)
+            os.environ[name] = value
+        for _, _, descriptors in ancillary:
+            os.environ["PMI_FD"] = str(int.from_bytes(descriptors[:4], sys.byteorder))
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        guard.send(b"i")  # from now on nobody has to stand in for this process if it dies
 
 
 class Door:
@@ -62,16 +65,25 @@ class Door:
         Descriptor where the guard hands the launcher's gifts over; -1 for a parked rank, which has them.
     line : mpi4py.MPI.Intercomm, optional
         The connection to the leader, for a parked rank.
+    leader : tuple of Member
+        The leader that called.
     """
 
     def __init__(
-        self, run: RunDirectory, member: int, watch: Watch, door: int = -1, line: MPI.Intercomm | None = None
+        self,
+        run: RunDirectory,
+        member: int,
+        watch: Watch,
+        door: int = -1,
+        line: MPI.Intercomm | None = None,
+        leader: tuple[Member, ...] = (),
     ) -> None:
         self._run = run
         self._member = member
         self._watch = watch
         self._door = door
         self._line = line
+        self._leader = leader
         self._pair: MPI.Intracomm | None = None
         self._group: MPI.Intracomm | None = None
         self._others: MPI.Intracomm | None = None
@@ -87,8 +99,17 @@ class Door:
             if data is not None:
                 options = msgspec.msgpack.decode(data, type=Options)
                 line = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
-                return cls(run, options.member, watch, line=line), options
+                return cls(run, options.member, watch, line=line, leader=(options.leader,)), options
             doze()
+
+    def use(self, watch: Watch) -> None:
+        """Wait like that from now on."""
+        self._watch = watch
+
+    @property
+    def leader(self) -> tuple[Member, ...]:
+        """The leader that called this process; without it nobody will call it in."""
+        return self._leader
 
     def report(self, report: Report) -> None:
         """Tell the leader."""
@@ -122,7 +143,9 @@ class Door:
         self._watch.until(come)
         if found:
             return found[0]
-        accept_handover(self._door)
+        faults.at("init")
+        with self._watch.blocking(self._leader):
+            accept_handover(self._door)
         self._line = MPI.Comm.Get_parent()
         return None
 
@@ -141,6 +164,11 @@ class Door:
         return found[0]
 
     def _gather(self, index: int, total: int) -> None:
+        faults.at("gather")
+        with self._watch.blocking(self._leader):
+            self._chain(index, total)
+
+    def _chain(self, index: int, total: int) -> None:
         assert self._line is not None
         self._pair = self._line.Merge(high=True)
         if index == 0:
@@ -158,9 +186,10 @@ class Door:
         """Be merged with the members. Collective with `World.merge` on their side."""
         if self._group is None or self._others is None:
             raise MembershipError("entered before the party was gathered")
-        inter = self._others.Create_intercomm(0, self._group, LEADER, BRIDGE_TAG)
-        merged = inter.Merge(high=True)
-        inter.Free()
+        with self._watch.blocking(self._leader):
+            inter = self._others.Create_intercomm(0, self._group, LEADER, BRIDGE_TAG)
+            merged = inter.Merge(high=True)
+            inter.Free()
         return merged, Party(self._group)
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     path: list[str]
     directory: str
     started: float
+    leader: Member
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

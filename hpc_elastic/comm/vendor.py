@@ -29,6 +29,9 @@ class Vendor:
         Options of its mpiexec.
     spawns_at_once : bool
         Several threads may be inside ``MPI_Comm_spawn`` at a time.
+    shrinks : bool
+        After a loss the survivors' communicator comes from ULFM's ``Shrink``; else from ``Create_group``, which takes that
+        the launcher is kept calm by the dead rank's guard.
     leaves_shared_memory : str
         Pattern below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
@@ -41,6 +44,7 @@ class Vendor:
     environment: dict[str, str]
     launch: tuple[str, ...]
     spawns_at_once: bool
+    shrinks: bool
     leaves_shared_memory: str
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -54,12 +58,13 @@ VENDORS = (
         environment={"UCX_LOG_LEVEL": "error"},
         launch=(),
         spawns_at_once=True,
+        shrinks=False,
         leaves_shared_memory="mpich_*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
             "on one node": "shared memory between all ranks, spawned ones too",
-            "a rank is killed": "its guard closes its PMI session; the job ends with an error that names it",
+            "a rank is killed": "its guard closes its PMI session, and the others go on",
             "connect/accept between launchers": "yes",
         },
     ),
@@ -80,12 +85,13 @@ VENDORS = (
         },
         launch=("--with-ft", "ulfm"),
         spawns_at_once=False,
+        shrinks=True,
         leaves_shared_memory="sm_segment.*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
             "on one node": "TCP between ranks that were spawned separately",
-            "a rank is killed": "the launcher ends the job with an error",
+            "a rank is killed": "the others go on, by ULFM",
             "connect/accept between launchers": "no",
         },
     ),

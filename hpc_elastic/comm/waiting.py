@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from mpi4py import MPI
 
-from ..errors import MembershipError
+from ..errors import LostRank, MembershipError
+from ..model import Member
 
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
 LONGEST_SLEEP_S = 0.002
-CHECK_EVERY_S = 0.05
+CHECK_EVERY_S = 0.005
+BLAME_S = 10.0  # how long somebody to blame for an error of MPI's is looked for
+
+
+class Lost(LostRank):
+    """A process that this rank works with is no more, or others have begun to agree on how to go on without one.
+
+    Parameters
+    ----------
+    numbers : frozenset of int
+        The processes known to be lost; empty if only the others know.
+    """
+
+    def __init__(self, numbers: frozenset[int] = frozenset()) -> None:
+        who = ", ".join(map(str, sorted(numbers))) or "unknown"
+        super().__init__(f"process {who} was lost where the job can't go on without it")
+        self.numbers = numbers
+
+
+# What was under way when a rank was lost. MPI may still write into the buffers of these requests, so they are kept.
+_given_up: list[MPI.Request] = []
 
 
 class Watch:
-    """Waits that end when the job has failed elsewhere.
+    """Waits that end when a rank is lost or the job has failed elsewhere.
 
     Parameters
     ----------
     check : callable
-        Called about every 50 ms while waiting; raises when there is nothing left to wait for.
+        Called every few milliseconds while waiting; raises when there is nothing left to wait for.
+    blocking : callable
+        Returns a context for a call of MPI's that can't be left; takes those who take part in the call.
     """
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        check: Callable[[], None] = lambda: None,
+        blocking: Callable[[Iterable[Member]], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self.check = check
+        self._blocking = blocking
+
+    @contextlib.contextmanager
+    def blocking(self, members: Iterable[Member]) -> Iterator[None]:
+        """Mark a call of MPI's that can't be left: the process ends if one of `members` does."""
+        with self._blocking(members), self.blame():
+            yield
 
     def until(self, done: Callable[[], bool], deadline_s: float | None = None, what: str = "") -> None:
         """Return when `done()` is true.
@@ -54,11 +89,28 @@ class Watch:
 
     def request(self, request: MPI.Request) -> None:
         """Wait for one non-blocking operation."""
-        self.until(request.Test)
+        self.requests([request])
 
     def requests(self, requests: list[MPI.Request]) -> None:
         """Wait for several non-blocking operations."""
-        self.until(lambda: MPI.Request.Testall(requests))
+        try:
+            with self.blame():
+                self.until(lambda: MPI.Request.Testall(requests))
+        except BaseException:
+            _given_up.extend(requests)
+            raise
+
+    @contextlib.contextmanager
+    def blame(self) -> Iterator[None]:
+        """Turn an error of MPI's into the loss of the rank that is to blame for it: ULFM tells of a loss by an error."""
+        try:
+            yield
+        except MPI.Exception:
+            deadline = time.monotonic() + BLAME_S
+            while time.monotonic() < deadline:
+                self.check()
+                time.sleep(CHECK_EVERY_S)
+            raise
 
 
 def send(comm: MPI.Comm, rank: int, tag: int, message: msgspec.Struct) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..model import Generation, Member, Move
 from .messages import BRIDGE_TAG, Party
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import Watch
+from .waiting import Lost, Watch
 
 T = TypeVar("T", bound=msgspec.Struct)
 Array = NDArray[np.generic]
@@ -158,32 +158,51 @@ class World:
 
     # --- the next generation ------------------------------------------------------------------------------------------
 
-    def merge(self, party: Party | None) -> World:
-        """Take the newcomers in; they come last. Collective with `Door.enter` on their side; `party` on rank 0 alone.
-
-        The new world has the generation of the old one until `renew` is called.
-        """
-        peer, root = (party.group, 1) if party is not None else (MPI.COMM_SELF, 0)
-        inter = self.comm.Create_intercomm(0, peer, root, BRIDGE_TAG)
-        merged = inter.Merge(high=False)
-        inter.Free()
-        return World(merged, self.generation, self.watch)
+    def merge(self, party: Party | None, newcomers: Sequence[Member]) -> World:
+        """Take the newcomers in; they come last. Collective with `Door.enter` on their side; `party` on rank 0 alone."""
+        members = (*self.generation.members, *newcomers)
+        with self.watch.blocking(members):
+            peer, root = (party.group, 1) if party is not None else (MPI.COMM_SELF, 0)
+            inter = self.comm.Create_intercomm(0, peer, root, BRIDGE_TAG)
+            merged = inter.Merge(high=False)
+            inter.Free()
+        return World(merged, Generation(self.generation.number, members), self.watch)
 
     def split(self, leavers: Sequence[int]) -> World | None:
         """Part from the ranks `leavers`; they get None. Collective; both worlds stay open."""
-        self.barrier()  # ranks that come early wait here, where they don't spin
+        self.barrier()  # ranks that come early wait here, where they don't spin and can leave
         leaves = self.rank in leavers
-        kept = self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
+        with self.watch.blocking(self.generation.members):
+            kept = self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
         if leaves:
             return None
         members = tuple(m for r, m in enumerate(self.generation.members) if r not in leavers)
         return World(MPI.Intracomm(kept), Generation(self.generation.number, members), self.watch)
 
-    def close(self) -> None:
-        """Free the communicators. Local in effect, and all members do it."""
+    def rebuild(self, survivors: Sequence[int], generation: Generation, tag: int) -> World:
+        """Return the world of the ranks `survivors`, as `generation`. Collective over them; this world is left as it is."""
+        with self.watch.blocking(generation.members):
+            if vendor().shrinks:
+                if not self.comm.Is_revoked():
+                    self.comm.Revoke()
+                comm = self.comm.Shrink()
+            else:
+                # Not freed are the old communicators: some of their messages will never come.
+                comm = self.comm.Create_group(self.comm.group.Incl(survivors), tag)
+        world = World(MPI.Intracomm(comm), generation, self.watch)
+        if world.size != len(survivors):
+            raise Lost
+        return world
+
+    def close_user(self) -> None:
+        """Free the user's communicator."""
         if self._user is not None:
             self._user.Free()
             self._user = None
+
+    def close(self) -> None:
+        """Free the communicators. Local in effect, and all members do it."""
+        self.close_user()
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()
 

@@ -71,6 +71,7 @@ class Sum:
         self._form: Form | None = None
         self._spare: list[Values] = []
         self._result: Values | None = None
+        self._total: Values | None = None
         self._tree: TreeSum[Values] | None = None
 
     @property
@@ -109,8 +110,12 @@ class Sum:
             self._tree = TreeSum(self._combine, self.interval[0])
         self._tree.feed(Node(0, index), own)
 
-    def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
-        """Return the sums in the structure of what was added, and the metrics; `empty` leaves had no samples. Collective."""
+    def drop(self) -> None:
+        """Forget what was added since the last sum."""
+        self._tree = None
+
+    def exchange(self, empty: set[int]) -> None:
+        """Add up over all ranks; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
         there = [
             present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)
@@ -133,7 +138,19 @@ class Sum:
             }
             self._result = None  # it is not one of the buffers, which are all spare again
             self._spare += mine
-        arrays = [result[dtype][place].reshape(shape) for dtype, place, shape in form.places]
+        self._total = result
+
+    def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
+        """Return the result of an `exchange`. Collective."""
+        self.exchange(empty)
+        return self.result()
+
+    def result(self) -> tuple[Any, dict[str, float]]:
+        """Return the sums in the structure of what was added, and the metrics. Valid until the next `exchange`."""
+        form, total = self._form, self._total
+        assert form is not None
+        assert total is not None
+        arrays = [total[dtype][place].reshape(shape) for dtype, place, shape in form.places]
         return form.structure.build(iter(arrays)), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
 
     def _agreed(self, ranks: Ranks, there: list[list[Node]]) -> Form:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import faulthandler
-import os
 import signal
-import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,32 +14,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from .. import events
-from ..comm.vendor import own_shared_memory, prepare, under_launcher
+from .. import events, faults
+from ..comm.vendor import prepare
 from ..config import build
-from ..errors import ElasticError, JobError, RankError, Retired, RunDirectoryError
+from ..errors import ElasticError, JobError, Retired
 from ..model import Member
-from ..rundir import Failure, RunDirectory
-from .session import Script, Session, alive, open_run, packed, seed_config, unpacked
+from ..rundir import RunDirectory, checkpoint_folder
+from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
+from .session import Script, Session, open_run, packed, seed_config, unpacked
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..comm.door import Door
     from ..comm.world import World
     from .job import Job
 
 T = TypeVar("T")
-LOOK_S = 0.5
-LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
-
-_by_hand = not under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
 _newcomer: list[tuple[Door, Session, Member]] = []
 _ran: list[str] = []
 
 
 def be_newcomer(door: Door, session: Session, member: Member) -> None:
     """Let the next `run` in this process join the job through `door` instead of starting one."""
-    global _by_hand  # noqa: PLW0603
-    _by_hand = False
     _newcomer.append((door, session, member))
 
 
@@ -84,20 +76,20 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
         build(settings)
         job = _newcomer_job() if _newcomer else _seed_job(settings)
     except ElasticError:
-        _print_only_the_message()
+        print_only_the_message()
         raise
     try:
         result = train(job)
         job.end()
     except Retired:
-        _retire(job)
+        retire(job)
         raise SystemExit(0) from None
     except BaseException as error:
-        if job.retired:
+        if job.membership.retired:
             traceback.print_exception(error)  # raised while unwinding; the job goes on without this rank
-            _retire(job)
+            retire(job)
             raise SystemExit(0) from None
-        _fail(job, error)
+        fail(job, error)
         raise AssertionError("unreachable") from error
     return result
 
@@ -124,26 +116,31 @@ def _seed_job(given: dict[str, Any]) -> Job:
     import_mpi()
     from ..comm.waiting import Watch
     from ..comm.world import World, finalize
-    from .job import Job
 
     faulthandler.register(signal.SIGQUIT)  # Ctrl-\\ or kill -QUIT prints the stacks of a rank that hangs
     atexit.register(finalize)
     world = World.of_seeds(Watch())
     session = _agree(world, lambda: _first_session(given, world) if world.rank == 0 else None)
-    told = _Agreed(packed(session.config), str(session.run.path), session.started) if session is not None else None
+    told = None
+    if session is not None:
+        begin = str(session.checkpoint.path) if session.checkpoint is not None else ""
+        told = _Agreed(packed(session.config), str(session.run.path), session.started, begin)
     agreed = msgspec.msgpack.decode(world.tell(msgspec.msgpack.encode(told) if told else None), type=_Agreed)
 
     def make() -> Job:
         mine = session or Session(
             unpacked(agreed.settings), RunDirectory(Path(agreed.run)), Script.running(), agreed.started
         )
-        world.watch.check = mine.check
+        if agreed.checkpoint:
+            from ..checkpoint import Checkpoint
+
+            mine.checkpoint = Checkpoint.open(Path(agreed.checkpoint))
         mine.record(world.me, "member")
-        return Job(mine, world, None, world.me)
+        return _job(mine, world.me, world, None)
 
     job = _agree(world, make)
     assert job is not None
-    _watch_for_failure(job)
+    watch_for_failure(job)
     return job
 
 
@@ -160,7 +157,7 @@ def _agree(world: World, make: Callable[[], T]) -> T:
         raise error
     failed = next((text for text in told if text), None)
     if failed is not None:
-        _be_quiet()
+        be_quiet()
         kind, text = failed.decode().split(":", 1)
         raise _named(kind)(text)
     return made  # type: ignore[return-value]
@@ -175,14 +172,31 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
     session = Session(config, open_run(config, script), script, time.time())
     log = events.EventLog(session.run.events)
     hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
+    session.checkpoint = _last_checkpoint(session)
     log.write(events.Started(script=script.name, mpi=library(), hosts=hosts, ranks=world.size, settings=packed(config)))
     return session
+
+
+def _last_checkpoint(session: Session) -> Checkpoint | None:
+    """Return what a run begins with that has run before; a new run directory has no checkpoints."""
+    folder = checkpoint_folder(session.config, session.run.path)
+    if not folder.is_dir():
+        return None
+    from ..checkpoint import Store
+
+    def damaged(path: Path, problem: str) -> None:
+        text = f"checkpoint {path} is damaged ({problem}): the one before it is used"
+        events.EventLog(session.run.events).write(events.Notice(text=text))
+        sys.stderr.write(f"hpc_elastic: {text}\n")
+
+    return Store(folder, session.config.checkpoints_kept, on_damage=damaged).newest()
 
 
 class _Agreed(msgspec.Struct, frozen=True):
     settings: dict[str, Any]
     run: str
     started: float
+    checkpoint: str
 
 
 def _named(kind: str) -> type[ElasticError]:
@@ -194,193 +208,28 @@ def _named(kind: str) -> type[ElasticError]:
 
 def _newcomer_job() -> Job:
     from ..comm.world import finalize
-    from .job import Job
 
     atexit.register(finalize)
     door, session, member = _newcomer.pop()
-    job = Job(session, None, door, member)
-    _watch_for_failure(job)
+    job = _job(session, member, None, door)
+    watch_for_failure(job)
     return job
 
 
-def _retire(job: Job) -> None:
-    from ..comm.world import finalize
+def _job(session: Session, member: Member, world: World | None, door: Door | None) -> Job:
+    from .job import Job
+    from .membership import Membership
+    from .vigil import Vigil
 
-    session = job._session  # noqa: SLF001
-    job.over = True
-    job.close()
-    if job._door is not None:  # noqa: SLF001
-        job._door.close()  # noqa: SLF001
-    session.record(job.member, "retired")
-    finalize()
-    if _by_hand:
-        # A shell waits for this process, and what follows he.run in the script may still print on the others.
-        others = [record.member.pid for record in session.run.records() if record.member.id != job.member.id]
-        _await(lambda: not any(alive(pid) for pid in others), float("inf"))
+    vigil = Vigil(session, member)
+    membership = Membership(session, member, world, door, vigil)
+    job = Job(session, membership)
+    faults.arm(session.run.path / "faults", lambda: facts(job))
+    return job
 
 
-def _fail(job: Job, error: BaseException) -> None:
-    """Record why the job failed, tell the others, and raise the same on every rank."""
-    session = job._session  # noqa: SLF001
-    job.over = True
+def facts(job: Job) -> dict[str, object]:
+    """Return what the conditions of faults are compared with."""
     rank, generation, step = job.where()
-    member = job.member
-    own = not isinstance(error, RankError)
-    if own and type(error).__module__.startswith("mpi4py"):
-        # MPI noticed that another rank is gone; whoever knows why writes it down, if need be its guard.
-        _await(session.run.failed, LAST_WORDS_S)
-    if isinstance(error, SystemExit):
-        what = f"SystemExit: the script ended itself (code {error.code!r}) inside he.run"
-    else:
-        what = f"{type(error).__name__}: {error}"
-    host = socket.gethostname()
-    if rank >= 0:
-        text = f"rank {rank} on {host} failed in generation {generation} at step {step}: {what}"
-    else:
-        text = f"newcomer {member.id} on {host} failed while {'joining' if job.entered else 'warming up'}: {what}"
-    if not job.entered:
-        _newcomer_failed(job, text, error)
-    first = False
-    failure = None
-    if own:
-        trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
-        failure = _failure(job, text, trace, told=True)
-        with contextlib.suppress(OSError):  # the run directory may be gone, or its disk full
-            first = session.run.fail(failure)
-        if first:
-            # Now, and once: a launcher that sees another rank end can end this one before its interpreter's end.
-            sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
-            sys.stderr.flush()
-    job.abandon()
-    _remove_shared_memory()
-    message = text
-    with contextlib.suppress(OSError, RunDirectoryError):
-        known = session.run.failure() or failure or _failure(job, text)
-        message = known.error
-        session.record(member, "failed", message)
-        _say_last_words(job)
-        if job.leads:
-            events.EventLog(session.run.events).write(
-                events.Failed(error=message, rank=known.rank, host=known.host, generation=known.generation, step=known.step)
-            )
-            status = session.run.status()
-            if status is not None:
-                session.run.put_status(msgspec.structs.replace(status, state="failed", step=step, time=time.time()))
-    _be_quiet()
-    _end_without_mpi()
-    raise RankError(message) from (error if first else None)
-
-
-def _failure(job: Job, text: str, trace: str = "", *, told: bool = False) -> Failure:
-    """Return a failure that happened here and now."""
-    rank, generation, step = job.where()
-    return Failure(
-        error=text,
-        traceback=trace,
-        member=job.member.id,
-        rank=rank,
-        host=socket.gethostname(),
-        generation=generation,
-        step=step,
-        told=told,
-    )
-
-
-def _remove_shared_memory() -> None:
-    """Do what ``MPI_Finalize`` would do, which can't be called: it would wait for ranks that don't come."""
-    for segment in own_shared_memory():
-        segment.unlink(missing_ok=True)
-
-
-def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
-    """Let the job go on without this newcomer, unless it has failed as a whole."""
-    session, door = job._session, job._door  # noqa: SLF001
-    if isinstance(error, (Exception, SystemExit)) and door is not None and not session.run.failed():
-        traceback.print_exception(error)
-        session.record(job.member, "cancelled", text)
-        turn_back(door, job.member, text)
-
-
-def turn_back(door: Door, member: Member, why: str) -> None:
-    """Tell the leader why this newcomer can't come, and end. It is no part of the job yet, so this is no failure of it."""
-    from ..comm.messages import Report
-
-    door.report(Report(member=member, error=why))
-    raise SystemExit(0)
-
-
-def _say_last_words(job: Job) -> None:
-    """Wait, for a short time, until the other ranks have noticed as well: the first to go can take the launcher with it."""
-    session = job._session  # noqa: SLF001
-    world = job._world  # noqa: SLF001
-    if world is None:
-        return
-    here = socket.gethostname()
-
-    def noticed(member: Member) -> bool:
-        record = session.run.record(member.id)
-        gone = member.host == here and not alive(member.pid)
-        return gone or (record is not None and record.outcome == "failed")
-
-    _await(lambda: all(noticed(member) for member in world.generation.members), LAST_WORDS_S)
-
-
-def _watch_for_failure(job: Job) -> None:
-    """End this process if the job has failed and it does not notice: it may be inside a call that can't be left."""
-    session = job._session  # noqa: SLF001
-
-    def watch() -> None:
-        while not job.over:
-            time.sleep(LOOK_S)
-            if job.entered and session.run.failed() and not job.over:
-                time.sleep(LAST_WORDS_S / 2)  # what other ranks wait for; most have noticed by then, and unwind
-                if not job.over:
-                    with contextlib.suppress(OSError, ElasticError):
-                        known = session.run.failure()
-                        session.record(job.member, "failed", known.error if known else "the run directory is gone")
-                    _remove_shared_memory()
-                    os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _await(done: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def _print_only_the_message() -> None:
-    """Print this package's errors without a traceback: their messages say what to do."""
-
-    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
-        if isinstance(value, ElasticError):
-            sys.stderr.write(f"hpc_elastic: {value}\n")
-        else:
-            sys.__excepthook__(kind, value, trace)
-
-    sys.excepthook = hook
-
-
-def _be_quiet() -> None:
-    """Print no traceback in this process: another rank prints the one there is."""
-
-    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
-        if not isinstance(value, ElasticError):
-            sys.__excepthook__(kind, value, trace)
-
-    sys.excepthook = hook
-
-
-def _end_without_mpi() -> None:
-    """At the interpreter's end, leave without ``MPI_Finalize``, which would wait for ranks that don't come."""
-    from ..comm import world
-
-    atexit.unregister(world.finalize)
-
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    atexit.register(leave)
+    role = "newcomer" if rank < 0 else "leader" if rank == 0 else "other"
+    return {"rank": rank, "gen": generation, "step": step, "member": job.member.id, "role": role}

@@ -9,6 +9,7 @@ import msgspec
 
 from .. import events
 from ..comm.arrival import Arrival, Arrivals
+from ..comm.liveness import alive
 from ..comm.messages import Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
@@ -17,11 +18,13 @@ from ..policy import bounded, check, give_back, leaving, newcomers
 from ..rundir import Answer
 from .plan import Office, Parked, Plan
 from .reports import Here, Reports
-from .session import alive, peak_bytes
+from .session import peak_bytes
 
 if TYPE_CHECKING:
     from ..comm.world import World
     from ..protocols import Broker, Policy
+    from .agreement import Verdict
+    from .saving import Saving
     from .session import Session
 
 INBOX_EVERY_S = 0.1
@@ -64,21 +67,43 @@ class Leader:
     ) -> None:
         self.session = session
         self.world = world
-        self.office = office
+        self._office = office
+        self._keep_office()
         self.broker = broker
         self.policy = policy
         self.tethers = tethers
         self.reports = Reports(session)
+        self.saving: Saving | None = None
         self._under_way: UnderWay | None = None
-        self._stops = False
+        self._committing: UnderWay | None = None
+        self._stops = ""
+        self._told_to_leave: dict[int, float] = {}
+        self._saved_step, self._saved_s, self._save_now = 0, session.clock(), False
         self._next_inbox = self._next_status = 0.0
         self._leaving_since = session.clock()
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
 
     # --- at every turn ------------------------------------------------------------------------------------------------
 
-    def turn(self, here: Here) -> Plan | str | None:
-        """Look at everything once; return a plan to carry out, "stop", or None. With `hold`, wait for newcomers."""
+    @property
+    def office(self) -> Office:
+        """What the leader knows and the next one must; kept in a file, in case this process is lost."""
+        return self._office
+
+    @office.setter
+    def office(self, office: Office) -> None:
+        if office != self._office:
+            self._office = office
+            self._keep_office()
+
+    def _keep_office(self) -> None:
+        self.session.run.put(self.session.run.path / "office.json", self._office)
+
+    def turn(self, here: Here, point: int, losses: int) -> Plan | str | None:
+        """Look at everything once; return a plan to carry out, "stop", "checkpoint", or None. With `hold`, wait for newcomers.
+
+        `point` and `losses` are what a plan says of the members to newcomers.
+        """
         now = self.session.clock()
         if now >= self._next_inbox:
             self._next_inbox = now + INBOX_EVERY_S
@@ -88,7 +113,10 @@ class Leader:
             under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
             self.reports.status(here, self.world, self.office, "running", under_way)
         if self._stops:
+            self.reports.say(f"the job stops at step {here.cursor.step}: {self._stops}")
             return "stop"
+        if self._checkpoint_due(here):
+            return "checkpoint"
         # A resize is done when its leavers are gone: only then their slots can be had again.
         if self.session.config.hold:
             self.world.watch.until(self._all_gone, self.session.config.deadline_s, "leavers to end")
@@ -98,8 +126,24 @@ class Leader:
             if self.session.config.hold:
                 self.world.watch.until(lambda: self._under_way is None or self._advance(here), what="newcomers")
             if self._under_way is not None and self._advance(here):
-                return self._plan(here)
+                return self._plan(here, point, losses)
         return None
+
+    def _checkpoint_due(self, here: Here) -> bool:
+        """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
+        saving, config, now, step = self.saving, self.session.config, self.session.clock(), here.cursor.step
+        if saving is None:
+            return False
+        for outcome in saving.outcomes():
+            self.reports.log.write(outcome)
+            if outcome.error:
+                self.reports.say(f"checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
+        due = self._save_now or (0 < config.checkpoint_s <= now - self._saved_s)
+        due = due or 0 < config.checkpoint_steps <= step - self._saved_step
+        if not due or saving.busy or step == self._saved_step:
+            return False
+        self._saved_step, self._saved_s, self._save_now = step, now, False
+        return True
 
     def _poll(self, here: Here) -> Supply:
         return self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
@@ -128,15 +172,17 @@ class Leader:
         if resize is None and office.asked is not None:
             self._refused(here, Resize(office.asked), supply.why or "nothing to change", forced=False)
             return
-        below_min = resize is None and self.world.size < seen.min_ranks and supply.offered > 0
-        if below_min:
-            resize = bounded(seen, seen.min_ranks, f"min = {seen.min_ranks}")
+        below = resize is None and self.world.size < max(seen.min_ranks, office.target) and supply.offered > 0
+        if below:
+            fewer = self.world.size < office.target
+            reason = "replaces what was lost" if fewer else f"min = {seen.min_ranks}"
+            resize = bounded(seen, max(seen.min_ranks, office.target), reason)
         failed, retry_at, _ = self._failed
         if resize is None or (resize.ranks == failed and self.session.clock() < retry_at):
             return
         if office.asked is not None and resize.ranks != office.asked:
             self.reports.say(resize.reason)
-        self._begin(here, resize, forced=below_min)
+        self._begin(here, resize, forced=below)
 
     def _begin(self, here: Here, resize: Resize, *, forced: bool) -> None:
         size, config = self.world.size, self.session.config
@@ -186,6 +232,7 @@ class Leader:
             path=script.path,
             directory=script.directory,
             started=session.started,
+            leader=self.world.me,
         )
 
     def _advance(self, here: Here) -> bool:
@@ -222,7 +269,7 @@ class Leader:
                 )
         return ""
 
-    def _plan(self, here: Here) -> Plan:
+    def _plan(self, here: Here, point: int, losses: int) -> Plan:
         assert self._under_way is not None
         way, old = self._under_way, self.world.generation
         joining = way.arrivals.all if way.arrivals is not None else []
@@ -246,8 +293,9 @@ class Leader:
         parked = tuple(p for p in self.office.parked if p.member.id not in back) + tuple(
             Parked(old.members[rank], number, rank) for rank in way.leavers if old.members[rank].parks
         )
-        self.office = msgspec.structs.replace(
+        office = msgspec.structs.replace(
             self.office,
+            target=way.resize.ranks,
             decided=self.office.decided + (not way.forced),
             asked=self.office.asked if way.forced else None,
             leaving=(*self.office.leaving, *(old.members[rank] for rank in way.leavers)),
@@ -257,6 +305,8 @@ class Leader:
         return Plan(
             generation=number,
             loop=here.loop,
+            point=point,
+            losses=losses,
             members=(*old.members, *(report.member for report in reports)),
             joining=len(reports),
             leavers=way.leavers,
@@ -264,14 +314,54 @@ class Leader:
             wait_s=self.session.clock() - way.decided_s,
             cursor=here.cursor,
             tally=here.tally,
-            office=self.office,
+            office=office,
             forms=tuple(array.form() for array in here.arrays),
         )
 
     def arrivals(self) -> Arrivals | None:
         """Return the newcomers that the plan takes in; they are the transition's from now on."""
         way, self._under_way = self._under_way, None
+        self._committing = way
         return way.arrivals if way is not None else None
+
+    def committed(self) -> None:
+        """Know that the resize was carried out by all."""
+        if self._committing is not None and self._committing.arrivals is not None:
+            self._committing.arrivals.close()
+        self._committing = None
+
+    def lost(self, verdict: Verdict, here: Here, seconds: dict[str, float], *, rolled_back: bool) -> None:
+        """Take note of a loss, and of the resize that was rolled back for it. Called on the leader of the new generation."""
+        way, self._committing = self._committing, None
+        if rolled_back and way is not None:
+            assert way.arrivals is not None
+            reasons = [self.how(member) for member in verdict.dismissed if self.session.run.end_of(member.id)]
+            why = "; ".join(reasons) or "a rank was lost while it was carried out"
+            self._back_off(way)
+            self._refused(here, way.resize, why, forced=way.forced)
+        if self._under_way is not None and verdict.lost:
+            self._again()  # it was decided for other ranks
+        used = {member.slot for member in (*verdict.survivors, *self.office.leaving)}
+        unused = tuple(lease for lease in self.office.leases if lease.slot not in used)
+        self.broker.release(unused)
+        self.office = msgspec.structs.replace(
+            self.office, leases=tuple(lease for lease in self.office.leases if lease.slot in used)
+        )
+        if verdict.lost:
+            how = "; ".join(self.how(member) for member in verdict.lost)
+            self.reports.lost(verdict, here, how, seconds)
+        self._next_status = 0.0
+
+    def how(self, member: Member) -> str:
+        """Return how a process ended, for people: as its guard saw it, or as it said itself."""
+        record, end = self.session.run.record(member.id), self.session.run.end_of(member.id)
+        said = f": {record.error}" if record is not None and record.error else ""
+        return f"process {member.id} (pid {member.pid} on {member.host}) {end.how() if end else 'was lost'}{said}"
+
+    def _back_off(self, way: UnderWay) -> None:
+        """Try the size of a resize that failed again after some time only."""
+        _, _, back_off = self._failed
+        self._failed = (way.resize.ranks, self.session.clock() + back_off, min(2 * back_off, LONGEST_BACK_OFF_S))
 
     # --- what becomes of a resize -------------------------------------------------------------------------------------
 
@@ -290,8 +380,7 @@ class Leader:
     def give_up(self, here: Here, reason: str) -> None:
         """Call the resize under way off."""
         way = self._again()
-        _, _, back_off = self._failed
-        self._failed = (way.resize.ranks, self.session.clock() + back_off, min(2 * back_off, LONGEST_BACK_OFF_S))
+        self._back_off(way)
         self._refused(here, way.resize, reason, forced=way.forced)
 
     def _dismiss(self, way: UnderWay) -> None:
@@ -352,11 +441,19 @@ class Leader:
 
     def _read_inbox(self, here: Here) -> None:
         for name, request in self.session.run.requests():
-            if request is None or request.kind not in ("resize", "stop"):
+            if request is None or request.kind not in ("resize", "stop", "checkpoint", "leave"):
                 self.session.run.answer(name, Answer(accepted=False, text="the request can't be read"))
             elif request.kind == "stop":
-                self._stops = True
+                self._stops = "asked for"
                 self.session.run.answer(name, Answer(accepted=True, text=f"the job stops at step {here.cursor.step}"))
+            elif request.kind == "checkpoint":
+                self._save_now = True
+                self.session.run.answer(
+                    name, Answer(accepted=True, text=f"a checkpoint is made from step {here.cursor.step}")
+                )
+            elif request.kind == "leave":
+                self._told_to_leave.setdefault(request.ranks, self.session.clock())
+                self.session.run.answer(name, Answer(accepted=True, text=f"process {request.ranks} leaves"))
             else:
                 self.session.run.answer(name, self._asked(here, request.ranks))
 
@@ -390,6 +487,9 @@ class Leader:
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
+        if self.saving is not None:
+            for outcome in self.saving.outcomes():
+                self.reports.log.write(outcome)
         if self._under_way is not None:
             self._dismiss(self._under_way)
             self._under_way = None

@@ -49,12 +49,26 @@ def first_office(session: Session, world: World) -> Office:
         raise ConfigError(f"the launcher started {size} ranks, but max = {config.max_ranks}: start fewer or raise max")
     leases = tuple(Lease(member.slot, member.host) for member in world.generation.members)
     offered = make_broker(config, leases).poll(0, 0.0, 1).offered
-    return Office(
+    office = Office(
         next_member=size,
         max_ranks=config.max_ranks or max(config.ranks, size + offered),
+        target=size,
         asked=config.ranks if config.policy == "manual" and config.ranks > size else None,
         leases=leases,
     )
+    if session.checkpoint is None:
+        return office
+    notes = session.checkpoint.about.notes
+    target = min(notes["target"], office.max_ranks)
+    return msgspec.structs.replace(office, decided=notes["decided"], asked=notes["asked"] or office.asked, target=target)
+
+
+def kept_office(session: Session) -> Office:
+    """Return the office that a lost leader left behind."""
+    office = session.run.get(session.run.path / "office.json", Office)
+    assert office is not None, "the first leader writes it at once"
+    numbers = [int(path.name.split(".")[0]) for path in session.run.newcomers.glob("[0-9]*.json")]
+    return msgspec.structs.replace(office, next_member=max([office.next_member, *(number + 1 for number in numbers)]))
 
 
 def make_leader(session: Session, world: World, office: Office, tethers: dict[int, World]) -> Leader:

@@ -17,10 +17,14 @@ class Parked(msgspec.Struct, frozen=True):
 
 
 class Office(msgspec.Struct, frozen=True, kw_only=True):
-    """What the leader knows and the next one has to know. Replicated at every resize."""
+    """What the leader knows and the next one has to know. Replicated at every resize, and kept in a file for a lost leader.
+
+    `target` is the number of ranks that the last resize led to: after a loss, replacements are asked for up to that.
+    """
 
     next_member: int
     max_ranks: int
+    target: int = 1
     decided: int = 0
     asked: int | None = None
     leases: tuple[Lease, ...] = ()
@@ -64,10 +68,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         True if some of the leavers are parked, so that this generation's communicator is kept.
     wait_s : float
         Seconds between the decision and this plan.
+    point : int
+        Number of the resize point at which this happens, over all loops.
+    losses : int
+        Losses that the job has gone on after so far.
     """
 
     generation: int
     loop: int
+    point: int
+    losses: int
     members: tuple[Member, ...]
     joining: int
     leavers: tuple[int, ...]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..comm.world import World
     from ..model import Cursor
     from ..redistribute import DistributedArray
+    from .agreement import Verdict
     from .plan import Office, Plan, Tally
     from .session import Session
 
@@ -80,6 +81,25 @@ class Reports:
                 moved_bytes=moved_bytes,
             )
         )
+
+    def lost(self, verdict: Verdict, here: Here, how: str, seconds: dict[str, float]) -> None:
+        """Report a loss that the job goes on after."""
+        after = len(verdict.survivors)
+        before = after + len(verdict.lost)
+        self.log.write(
+            events.Lost(
+                step=here.cursor.step,
+                generation=verdict.generation + 1,
+                members=tuple(member.id for member in verdict.lost),
+                how=how,
+                before=before,
+                after=after,
+                lost_steps=int(verdict.redo >= 0),
+                seconds=seconds,
+                recovery_s=sum(seconds.values()),
+            )
+        )
+        sys.stderr.write(f"hpc_elastic: {how}: {before} -> {after} ranks, going on at step {here.cursor.step}\n")
 
     def status(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> None:
         """Rewrite the status, and show it."""

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..config import RUN_VARIABLE, Config, build, from_environment, settings
-from ..errors import ConfigError, RankError
+from ..errors import ConfigError, LostRank, RankError, RunDirectoryError
 from ..model import Member
 from ..rundir import RankRecord, RunDirectory
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Script:
 
 @dataclass
 class Session:
-    """One process's part of a run. `began` is when it began to warm up, by its clock."""
+    """One process's part of a run.
+
+    `began` is when it began to warm up, by its clock; `checkpoint` what the run begins with.
+    """
 
     config: Config
     run: RunDirectory
@@ -55,6 +61,7 @@ class Session:
     started: float
     clock: Callable[[], float] = time.perf_counter
     began: float = field(default_factory=time.perf_counter)
+    checkpoint: Checkpoint | None = None
 
     def seconds(self) -> float:
         """Seconds since the run began."""
@@ -64,8 +71,9 @@ class Session:
         """Raise what the job failed with, if it has failed."""
         if self.run.failed():
             failure = self.run.failure()
-            assert failure is not None
-            raise RankError(failure.error)
+            if failure is None:
+                raise RunDirectoryError(f"run directory {self.run.path} is gone")
+            raise (LostRank if failure.kind == "lost" else RankError)(failure.error)
 
     def record(self, member: Member, outcome: str, error: str = "") -> None:
         """Write this process's record."""
@@ -79,14 +87,6 @@ def peak_bytes() -> int:
     with Path("/proc/self/status").open(encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-def alive(pid: int) -> bool:
-    """Tell whether process `pid` of this host runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def seed_config(given: dict[str, Any]) -> Config:

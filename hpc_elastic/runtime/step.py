@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Config
-from ..errors import ConfigError, StepError
+from ..errors import ConfigError, LostRank, StepError
 from ..sampler import steps_per_epoch
 
 if TYPE_CHECKING:
@@ -70,7 +70,16 @@ class Step:
     """
 
     def __init__(
-        self, *, epoch: int, number: int, cuts: Sequence[tuple[int, int]], order: Order, data: Samples, total: Sum
+        self,
+        *,
+        epoch: int,
+        number: int,
+        cuts: Sequence[tuple[int, int]],
+        order: Order,
+        data: Samples,
+        total: Sum,
+        summed: Callable[[Callable[[], None]], bool],
+        ledger: Callable[[Step], None] | None = None,
     ) -> None:
         self.epoch = epoch
         self.number = number
@@ -81,6 +90,9 @@ class Step:
         self._order = order
         self._data = data
         self._sum = total
+        self._summed = summed
+        self._ledger = ledger
+        self._whole = False
         self._now: Microbatch | None = None
         self._added: set[int] = set()
         self._reduced = False
@@ -92,8 +104,20 @@ class Step:
         return [i for i in range(low, high) if self._cuts[i][1] > self._cuts[i][0]]
 
     def microbatches(self) -> Iterator[Microbatch]:
-        """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks."""
+        """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks.
+
+        When they are used up, the sum over all ranks is done. If a rank was lost meanwhile, the others get its share here:
+        all microbatches of the step come once more.
+        """
+        while not self._whole:
+            self._added.clear()
+            self._sum.drop()
+            yield from self._share()
+            self._whole = self._exchange()
+
+    def _share(self) -> Iterator[Microbatch]:
         own = self.own
+        self.consumed = np.empty(0, np.int64)
         if own:
             first, last = self._cuts[own[0]][0], self._cuts[own[-1]][1]
             samples = self._order.take(self.epoch, first, last)
@@ -104,6 +128,16 @@ class Step:
                 self._now = Microbatch(index, samples[cut], {name: field[cut] for name, field in fields.items()})
                 yield self._now
         self._now = None
+
+    def _exchange(self) -> bool:
+        """Do the sum; False if a rank was lost and it has to be done anew."""
+        missing = [index for index in self.own if index not in self._added]
+        if missing:
+            raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
+        if self._ledger is not None:
+            self._ledger(self)
+        empty = {i for i, (start, stop) in enumerate(self._cuts) if start == stop}
+        return self._summed(lambda: self._sum.exchange(empty))
 
     def add(self, values: Any, **metrics: Any) -> None:
         """Contribute what was computed from the microbatch at hand.
@@ -137,14 +171,15 @@ class Step:
         values
             Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`.
         """
-        missing = [index for index in self.own if index not in self._added]
-        if missing:
-            raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch before step.reduce")
         if self._reduced:
             raise StepError("step.reduce was called twice")
-        self._reduced = True
-        empty = {i for i, (start, stop) in enumerate(self._cuts) if start == stop}
-        values, self.metrics = self._sum.reduce(empty)
+        if not self._whole and not self._exchange():
+            raise LostRank(
+                "a rank was lost, and its microbatches can't be handed out: let `for micro in step.microbatches()` run to "
+                "its end before step.reduce"
+            )
+        self._whole = self._reduced = True
+        values, self.metrics = self._sum.result()
         return values
 
     def finish(self) -> None:
@@ -152,12 +187,15 @@ class Step:
         if not self._reduced:
             raise StepError("a step ended without step.reduce: call it once after the microbatches; it is what uses them up")
 
-    def write_ledger(self, file: Path) -> None:
-        """Append what this rank consumed to `file`: rows of epoch, step and sample, int64."""
+    def write_ledger(self, file: Path, attempt: int) -> None:
+        """Append what this rank is about to contribute to `file`: rows of epoch, step, attempt and sample, int64.
+
+        Of the attempts at a step, the last one is the one that counts.
+        """
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        rows = np.empty((len(self.consumed), 3), np.int64)
-        rows[:] = self.epoch, self.number, 0
-        rows[:, 2] = self.consumed
+        rows = np.empty((len(self.consumed), 4), np.int64)
+        rows[:] = self.epoch, self.number, attempt, 0
+        rows[:, 3] = self.consumed
         with file.open("ab") as ledger:
             ledger.write(rows.tobytes())
 

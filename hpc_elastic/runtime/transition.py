@@ -1,6 +1,7 @@
-"""A resize, as every rank carries it out: merge, sync, redistribute, split, resume.
+"""A resize, as every rank carries it out: merge, sync, redistribute, split, commit.
 
-All ranks call the same collectives in the same order; the newcomers come in at the merge, the leavers go after the split.
+All ranks call the same collectives in the same order; the newcomers come in at the merge, the leavers go after the commit.
+Until then nothing of the old generation is given up, so that a resize in which somebody is lost can be rolled back.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from .. import faults
 from ..comm.world import World
-from ..model import Generation
+from ..model import Generation, Member
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -39,19 +41,10 @@ class Stages:
         """Count the time of a ``with`` block for the stage `name`."""
         begun = self.clock()
         try:
+            faults.at(name)
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - begun
-
-
-@dataclass
-class Outcome:
-    """What a transition led to on this rank; `world` is None on a leaver, `tether` the old world where some are parked."""
-
-    world: World | None
-    tether: World | None
-    state_bytes: int
-    moved_bytes: int
 
 
 @dataclass
@@ -66,63 +59,109 @@ class Transition:
         Arrays to redistribute.
     stages : Stages
         Where times are counted.
+    old : World, optional
+        The generation before; none in a newcomer.
+
+    Attributes
+    ----------
+    plan : Plan
+        What is carried out.
+    merged : World
+        Members and newcomers together.
+    settled : World
+        The new generation; None on a leaver.
+    prepared : bool
+        True from when this rank lacks nothing for the new generation and waits for the others only.
     """
 
     registry: Registry
     arrays: Sequence[DistributedArray]
     stages: Stages
+    old: World | None = None
+    plan: Plan | None = None
+    merged: World | None = None
+    settled: World | None = None
+    prepared: bool = False
+    state_bytes: int = 0
+    moved_bytes: int = 0
 
-    def of_member(self, world: World, plan: Plan, arrivals: Arrivals | None) -> Outcome:
+    def __post_init__(self) -> None:
+        self._saved = [array.saved() for array in self.arrays]
+
+    @property
+    def joining(self) -> tuple[Member, ...]:
+        """The newcomers."""
+        return self.plan.members[len(self.plan.members) - self.plan.joining :] if self.plan is not None else ()
+
+    def of_member(self, plan: Plan, arrivals: Arrivals | None) -> None:
         """Carry out `plan` on a member; `arrivals` on the leader alone."""
-        state_bytes = 0
+        assert self.old is not None
+        self.plan, self.merged = plan, self.old
         if plan.joining:
             with self.stages.stage("merge"):
+                self.old.barrier()  # ranks that come early wait here, where they can leave
                 party = arrivals.enter() if arrivals is not None else None
-                merged = world.merge(party)
-                world.close()
+                self.merged = self.old.merge(party, self.joining)
             with self.stages.stage("sync"):
-                if party is not None and arrivals is not None:
-                    channel = _channel(party, world.watch)
+                if party is not None:
+                    channel = _channel(party, self.old.watch)
                     channel.tell(msgspec.msgpack.encode(plan))
-                    state_bytes = self.registry.send(channel)
-                    arrivals.close()
-        else:
-            merged = world
-        return self._settle(merged, plan, state_bytes)
+                    self.state_bytes = self.registry.send(channel)
+        self._settle(plan)
 
-    def of_newcomer(self, door: Door, watch: Watch) -> tuple[Plan, Outcome]:
-        """Enter through `door`, receive the plan and the state, and carry out the rest of the plan."""
+    def of_newcomer(self, door: Door, watch: Watch, told: Callable[[Plan], None]) -> None:
+        """Enter through `door`, receive the plan, which `told` is given, and the state, and carry out the rest of the plan."""
         with self.stages.stage("merge"):
             comm, party = door.enter()
         with self.stages.stage("sync"):
             channel = _channel(party, watch)
-            plan = msgspec.msgpack.decode(channel.tell(None), type=Plan)
+            plan = self.plan = msgspec.msgpack.decode(channel.tell(None), type=Plan)
+            told(plan)
             self.registry.receive(channel)
-            door.close()
-        merged = World(comm, Generation(plan.generation - 1, plan.members), watch)
+        self.merged = World(comm, Generation(plan.generation - 1, plan.members), watch)
         forms = {form.name: form for form in plan.forms}
         for array in self.arrays:
-            array.adopt(forms[array.name], merged.rank)
-        return plan, self._settle(merged, plan, 0)
+            array.adopt(forms[array.name], self.merged.rank)
+        self._settle(plan)
 
-    def _settle(self, merged: World, plan: Plan, state_bytes: int) -> Outcome:
-        merged.generation = Generation(plan.generation, plan.members)
+    def _settle(self, plan: Plan) -> None:
+        merged = self.merged
+        assert merged is not None
         kept = [rank for rank in range(merged.size) if rank not in plan.leavers]
         with self.stages.stage("redistribute"):
-            moved = sum(array.redistribute(merged, kept) for array in self.arrays)
-        tether: World | None = None
-        settled: World | None = merged
+            for array in self.arrays:
+                self.moved_bytes += array.redistribute(merged, kept)
         if plan.leavers:
             with self.stages.stage("split"):
-                settled = merged.split(plan.leavers)
-                if plan.parks:
-                    tether = merged
-                else:
-                    merged.close()
-        if settled is not None:
-            with self.stages.stage("resume"):
-                settled.open_user()
-        return Outcome(settled, tether, state_bytes, moved)
+                self.settled = merged.split(plan.leavers)
+        else:
+            self.settled = merged
+        with self.stages.stage("commit"):
+            if self.settled is not None:
+                self.settled.generation = Generation(plan.generation, self.settled.generation.members)
+                self.settled.open_user()
+            self.prepared = True
+            merged.barrier()
+
+    def tidy(self) -> World | None:
+        """Free what only the old generation needed, once the new one is committed; return its communicator if ranks sleep."""
+        assert self.plan is not None
+        tether: World | None = None
+        if self.plan.parks:
+            tether = self.merged
+        if self.merged is not None and self.merged not in (tether, self.settled, self.old):
+            self.merged.close()
+        if self.old is not None:
+            if self.old is tether:
+                self.old.close_user()
+            else:
+                self.old.close()
+        return tether
+
+    def roll_back(self) -> None:
+        """Let the arrays be again as before. The communicators made so far are left: some of their messages never come."""
+        for array, saved in zip(self.arrays, self._saved, strict=True):
+            array.restore(saved)
 
 
 def _channel(party: Party, watch: Watch) -> World:

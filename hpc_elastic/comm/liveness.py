@@ -1,0 +1,133 @@
+"""Which processes live: by a descriptor of the process on this host, else by what its guard recorded and its sign of life."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Collection, Iterable
+
+from ..model import Member
+from ..rundir import RunDirectory
+
+BEATS_EVERY_S = 1.0
+GUARD_S = 5.0  # how long a condemned process of another host is waited for
+LEFT = ("retired", "parked", "cancelled", "ended")
+
+
+class Liveness:
+    """Watches the processes of a job.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Where guards record ends and ranks give signs of life.
+    stall_s : float
+        Seconds without a sign of life after which a process is ended, and so lost.
+    """
+
+    def __init__(self, run: RunDirectory, stall_s: float) -> None:
+        self._run = run
+        self._stall_s = stall_s
+        self._host = socket.gethostname()
+        self._members: dict[int, Member] = {}
+        self._descriptors: dict[int, int] = {}  # descriptor -> member
+        self._poll = select.poll()
+        self._gone: set[int] = set()
+        self._beats: dict[int, tuple[float, float]] = {}  # member -> time of the last sign of life, when it was seen
+        self._condemned: dict[int, float] = {}
+        self._next_beats = 0.0
+
+    def watch(self, members: Iterable[Member]) -> None:
+        """Watch these processes from now on, and no others."""
+        wanted = {member.id: member for member in members if member.pid != os.getpid()}
+        for descriptor, number in list(self._descriptors.items()):
+            if number not in wanted:
+                self._close(descriptor)
+        for number, member in wanted.items():
+            if number not in self._members and member.host == self._host:
+                try:
+                    descriptor = os.pidfd_open(member.pid)
+                except ProcessLookupError:
+                    self._gone.add(number)
+                    continue
+                self._descriptors[descriptor] = number
+                self._poll.register(descriptor, select.POLLIN)
+        self._members = wanted
+        self._gone &= wanted.keys()
+        for seen in (self._beats, self._condemned):
+            for number in seen.keys() - wanted.keys():
+                del seen[number]
+
+    def _close(self, descriptor: int) -> None:
+        del self._descriptors[descriptor]
+        self._poll.unregister(descriptor)
+        os.close(descriptor)
+
+    def gone(self) -> frozenset[int]:
+        """Return the numbers of those watched that have ended, in whatever way."""
+        for descriptor, _ in self._poll.poll(0):
+            self._gone.add(self._descriptors[descriptor])
+            self._close(descriptor)
+        now = time.monotonic()
+        if now >= self._next_beats:
+            self._next_beats = now + BEATS_EVERY_S
+            self._look_for_stalls(now)
+        return frozenset(self._gone)
+
+    def lost(self) -> frozenset[int]:
+        """Return those of `gone` that did not leave by themselves."""
+        return frozenset(number for number in self.gone() if not self.left(number))
+
+    def left(self, number: int) -> bool:
+        """Tell whether a process says of itself that it is done with the job."""
+        record = self._run.record(number)
+        return record is not None and record.outcome in LEFT
+
+    def _look_for_stalls(self, now: float) -> None:
+        for number, member in self._members.items():
+            if number in self._gone:
+                continue
+            if member.host != self._host and self._run.end_of(number) is not None:
+                self._gone.add(number)
+            with contextlib.suppress(OSError):
+                beat = self._run.beat_file(number).stat().st_mtime
+                if self._beats.get(number, (0.0, 0.0))[0] != beat:
+                    self._beats[number] = beat, now
+            # Only a change counts, by the clock here: clocks of hosts and file servers differ.
+            if number in self._beats and now - self._beats[number][1] > self._stall_s:
+                self._condemn(number, member, now)
+
+    def _condemn(self, number: int, member: Member, now: float) -> None:
+        begun = self._condemned.setdefault(number, now)
+        if begun == now:
+            self._run.condemn(number)
+        if member.host == self._host:
+            for descriptor in (d for d, n in self._descriptors.items() if n == number):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        elif now - begun > GUARD_S:
+            self._gone.add(number)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        self.watch(())
+
+    def among(self, members: Collection[Member]) -> frozenset[int]:
+        """Return the numbers of those of `members`, watched or not, that have ended."""
+        gone = {number for number in self.gone() if any(member.id == number for member in members)}
+        for member in members:
+            if member.id not in self._members and member.host == self._host and not alive(member.pid):
+                gone.add(member.id)
+        return frozenset(gone)
+
+
+def alive(pid: int) -> bool:
+    """Tell whether process `pid` of this host runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:  # noqa: PTH123  (called often)
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,397 @@
+"""One rank's place among the others: its generation, the resize points it passes, and the losses it goes on after."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+import numpy as np
+
+from .. import faults
+from ..comm.door import Door
+from ..comm.messages import Report
+from ..comm.waiting import Lost, Watch
+from ..errors import JobError, LostRank, Retired
+from ..model import Member
+from ..redistribute import DistributedArray
+from ..state import Registry
+from .agreement import CHECKPOINT, END, NOTHING, RESIZE, STOP, UNKNOWN, Account, Verdict
+from .offices import first_office, kept_office, make_leader
+from .plan import Office, Plan
+from .recovery import Meeting, generation_after, ranks_of, send_away
+from .reports import Here
+from .session import Session, peak_bytes
+from .transition import Stages, Transition
+from .vigil import NO_MEETINGS, Vigil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..comm.world import World
+    from .leader import Leader
+    from .saving import Saving
+
+WORDS = {"stop": STOP, "checkpoint": CHECKPOINT, "end": END}
+MOST_LOSSES_AT_A_STEP = 3
+
+
+class Membership:
+    """This rank among the others.
+
+    Attributes
+    ----------
+    world : World or None
+        The generation it belongs to; none in a newcomer that has not joined, and in one that has left.
+    leader : Leader or None
+        On rank 0.
+    called, entered, retired : bool
+        True once a newcomer was called in, once it is a member, and once it has left.
+    """
+
+    def __init__(self, session: Session, member: Member, world: World | None, door: Door | None, vigil: Vigil) -> None:
+        self.session = session
+        self.member = member
+        self.world = world
+        self.door = door
+        self.vigil = vigil
+        self.registry = Registry()
+        self.arrays: list[DistributedArray] = []
+        self.leader: Leader | None = None
+        self.saving: Saving | None = None
+        self.entered = self.called = world is not None
+        self.retired = False
+        self._tethers: dict[int, World] = {}
+        self._point = -1
+        self._in_sum = self._ready = False
+        self._word = UNKNOWN
+        self._verdict: Verdict | None = None
+        self._moving: Transition | None = None
+        self._steps_of_losses: list[int] = []
+        self.watch = Watch(vigil.check, vigil.blocking)
+        if door is not None:
+            door.use(self.watch)
+            vigil.watch(door.leader)
+        if world is not None:
+            world.watch = self.watch
+            vigil.losses = 0
+            vigil.watch(world.generation.members)
+            if world.rank == 0:
+                self.leader = make_leader(session, world, first_office(session, world), self._tethers)
+
+    def joined(self) -> World:
+        """Return the world of this rank's generation."""
+        if self.world is None:
+            raise JobError(
+                "this rank has not joined the job yet: it does so where the loop over job.steps or job.loop begins"
+            )
+        return self.world
+
+    # --- resize points ------------------------------------------------------------------------------------------------
+
+    def pass_point(self, here: Here, own: str = "") -> int:
+        """Carry out what the leader decided, or its `own` word, and return it: `agreement.NOTHING` and so on. Collective."""
+        self._point, self._word = self._point + 1, UNKNOWN
+        self._in_sum = self._ready = False
+        while True:
+            try:
+                return self._pass(here, own)
+            except Lost:
+                if self._recover(here):
+                    return RESIZE
+
+    def _pass(self, here: Here, own: str) -> int:
+        faults.at("point")
+        word = self._foretold()
+        if word != UNKNOWN:
+            return word
+        world = self.joined()
+        order: Plan | str | None = None
+        heard = np.zeros(1, np.int64)
+        if self.leader is not None:
+            self.vigil.check()
+            order = own or self.leader.turn(here, self._point, self.vigil.losses)
+            heard[0] = NOTHING if order is None else WORDS[order] if isinstance(order, str) else RESIZE
+        world.fill(heard)
+        self._word = int(heard[0])
+        if self._word == RESIZE:
+            self._resize(world, here, order if isinstance(order, Plan) else None)
+        elif self._word != NOTHING:
+            self._ready = True
+            world.barrier()  # whoever is past this place knows that all others have the word
+        return self._word
+
+    def _foretold(self) -> int:
+        """Return the word of this point if the survivors of a loss agreed that it has been given already."""
+        verdict = self._verdict
+        if verdict is None or self._point > verdict.point:
+            return UNKNOWN
+        return NOTHING if self._point < verdict.point else verdict.word
+
+    def _resize(self, world: World, here: Here, own_plan: Plan | None) -> None:
+        stages = Stages(self.session.clock)
+        moving = self._moving = Transition(self.registry, self.arrays, stages, world)
+        with stages.stage("drain"):
+            told = world.tell(msgspec.msgpack.encode(own_plan) if own_plan is not None else None)
+            plan = moving.plan = msgspec.msgpack.decode(told, type=Plan)
+            self.vigil.watch(plan.members)
+            arrivals = self.leader.arrivals() if self.leader is not None else None
+        moving.of_member(plan, arrivals)
+        self._settle(moving)
+
+    def _settle(self, moving: Transition) -> None:
+        """Go on in the next generation, or leave."""
+        plan, self._moving = moving.plan, None
+        assert plan is not None
+        if self.leader is not None:
+            self.leader.committed()
+        tether = moving.tidy()
+        if self.door is not None:
+            self.door.close()
+            self.door = None
+        if tether is not None:
+            self._tethers[plan.generation] = tether
+        world = self.world = moving.settled
+        if world is None:
+            self.leader = None
+            self.vigil.watch(())
+            return
+        self.vigil.watch(world.generation.members)
+        self._lead(world, plan.office)
+        if self.leader is not None:
+            self.leader.resized(plan, moving.stages.seconds, moving.state_bytes, moving.moved_bytes)
+
+    def _lead(self, world: World, office: Office | None) -> None:
+        """Be the leader if this is rank 0 now, with `office` or with what a lost leader left behind."""
+        if world.rank != 0:
+            self.leader = None
+        elif self.leader is None:
+            self.leader = make_leader(self.session, world, office or kept_office(self.session), self._tethers)
+            self.leader.saving = self.saving
+        else:
+            self.leader.world = world
+            self.leader.office = office or self.leader.office
+
+    # --- sums ---------------------------------------------------------------------------------------------------------
+
+    def summed(self, here: Here, exchange: Callable[[], None]) -> bool:
+        """Do the sum of a step by `exchange`; False if it has to be done anew, by fewer ranks. Collective.
+
+        The barrier lets nobody have the sum before all have it: a rank can be lost before or after, not between.
+        """
+        self._in_sum, self._ready = True, False
+        try:
+            faults.at("sum")
+            exchange()
+            self._ready = True
+            self.joined().barrier()
+        except Lost:
+            place = 2 * self._point + 1
+            self._recover(here)
+            if self._verdict is not None and self._verdict.redo == place:
+                self._ready = False
+                return False
+        return True
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def _recover(self, here: Here) -> bool:
+        """Go on without those that were lost; True if the resize under way was committed."""
+        clock, moving = self.session.clock, self._moving
+        begun = clock()
+        needs = ""
+        if self.arrays:
+            needs = "it held a part of a distributed array"
+        elif here.unit != "samples":
+            needs = "the job runs in job.loop, whose turns can't be repeated"
+        world = self.world if self.world is not None else (moving.merged if moving is not None else None)
+        if world is None:
+            raise LostRank("the leader was lost before this newcomer had joined")
+        old = self._generation(world)
+        account = Account(
+            member=self.member,
+            generation=old[0],
+            members=old[1],
+            place=2 * self._point + self._in_sum,
+            ready=moving.prepared if moving is not None else self._ready,
+            word=self._word,
+            step=here.cursor.step,
+            joining=moving.joining if moving is not None else (),
+            needs_all=needs,
+        )
+        verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
+        agreed = clock()
+        if verdict.refused:
+            raise LostRank(self._names(verdict) + f", and can't be done without: {verdict.refused}")
+        if self.member.id not in {member.id for member in verdict.survivors}:
+            raise LostRank("the resize that this newcomer came for was called off, since a rank was lost")
+        committed = moving is not None and verdict.generation == old[0] + 1
+        base = world
+        if moving is not None and committed:
+            assert moving.plan is not None
+            self._moving = None
+            if moving.settled is None:
+                self.retired, self.world, self.leader = True, None, None
+                raise Retired(f"process {self.member.id} left the job while another was lost")
+            base = moving.settled
+        elif moving is not None:
+            moving.roll_back()
+            self._moving = None
+        self._verdict = verdict
+        self._rebuild(base, verdict, moving if committed else None)
+        if self.leader is not None:
+            if moving is not None and moving.plan is not None and committed:
+                self.leader.committed()
+                self.leader.resized(moving.plan, moving.stages.seconds, moving.state_bytes, moving.moved_bytes)
+            after = {"agree": agreed - begun, "rebuild": clock() - agreed}
+            self.leader.lost(verdict, here, after, rolled_back=moving is not None and not committed)
+        self._count(verdict)
+        return committed
+
+    def _generation(self, world: World) -> tuple[int, tuple[Member, ...]]:
+        """Return number and members of the generation that this rank is in; a newcomer's is the one it is to join."""
+        if self.world is not None:
+            return world.generation.number, world.generation.members
+        assert self._moving is not None
+        plan = self._moving.plan
+        assert plan is not None
+        return plan.generation - 1, plan.members[: len(plan.members) - plan.joining]
+
+    def _rebuild(self, base: World, verdict: Verdict, committed: Transition | None) -> None:
+        faults.at("rebuild")
+        generation = generation_after(verdict)
+        self.vigil.watch(verdict.survivors)
+        plan = committed.plan if committed is not None else None
+        led = self.leader is not None
+        if led or verdict.survivors[0].id == self.member.id:
+            send_away(verdict.dismissed, self.session.run)
+        world = base.rebuild(ranks_of(base.generation.members, verdict.survivors), generation, self.vigil.losses)
+        self.world = world
+        self.door = None
+        self._lead(world, plan.office if plan is not None else None)
+        world.open_user()
+
+    def _names(self, verdict: Verdict) -> str:
+        """Return who was lost and how, for people."""
+        said = []
+        for member in verdict.lost:
+            end = self.session.run.end_of(member.id)
+            said.append(f"process {member.id} (pid {member.pid} on {member.host}) {end.how() if end else 'was lost'}")
+        return "; ".join(said)
+
+    def _count(self, verdict: Verdict) -> None:
+        """Give up where the same step is fatal again and again."""
+        if verdict.lost:
+            self._steps_of_losses.append(verdict.step)
+            if self._steps_of_losses.count(verdict.step) >= MOST_LOSSES_AT_A_STEP:
+                raise JobError(
+                    f"{self._names(verdict)}: the {MOST_LOSSES_AT_A_STEP}rd process lost at step {verdict.step}; "
+                    "the program itself seems to end them there"
+                )
+
+    # --- coming and going ---------------------------------------------------------------------------------------------
+
+    def leave(self, here: Here) -> None:
+        """End this rank's part: unwind, or sleep until it is wanted again."""
+        if not self.member.parks:
+            self.retired = True
+            faults.at("retire")
+            raise Retired(f"process {self.member.id} left the job at step {here.cursor.step}")
+        self.vigil.losses = NO_MEETINGS
+        self.session.record(self.member, "parked")
+        tether = self._tethers[max(self._tethers)]
+        self.door, options = Door.parked(tether.comm, self.session.run, self.watch, self._doze)
+        self.member = msgspec.structs.replace(self.member, slot=options.slot)
+        self.session.began = self.session.clock()
+
+    def _doze(self) -> None:
+        time.sleep(0.05)
+        self.session.check()
+        status = self.session.run.status()
+        if status is not None and status.state in ("ended", "stopped"):
+            raise Retired("the job ended while this rank was parked")
+
+    def join(self, here: Here) -> tuple[str, Plan | None]:
+        """Report ready, wait to be called, and come in; return the last call, and the plan that was carried out.
+
+        The call is "enter", "skip" this loop, or "go" away.
+        """
+        door, stages = self.door, Stages(self.session.clock)
+        assert door is not None
+        faults.at("warm")
+        report = Report(
+            member=self.member,
+            loop=here.loop,
+            names=list(here.names),
+            stages={"warm": self.session.clock() - self.session.began},
+            peak_bytes=peak_bytes(),
+        )
+        door.report(report)
+        while True:
+            call = door.called()
+            if call.order == "skip":
+                return "skip", None
+            if call.order == "go":
+                door.close()
+                return "go", None
+            if call.order == "enter":
+                break
+        self.called = True
+        moving = self._moving = Transition(self.registry, self.arrays, stages)
+        try:
+            moving.of_newcomer(door, self.watch, self._told)
+        except Lost:
+            if moving.plan is None or not self._recover(here):
+                raise
+        else:
+            self._settle(moving)
+        self.entered = True
+        plan = cast("Plan", moving.plan)
+        if plan.loop != here.loop:
+            raise JobError(f"joined in loop {plan.loop} while standing in loop {here.loop}")
+        self.session.record(self.member, "member")
+        return "enter", plan
+
+    def _told(self, plan: Plan) -> None:
+        """Know, in a newcomer, what the members know."""
+        self._point, self._word = plan.point, RESIZE
+        self.vigil.losses = plan.losses
+        self.vigil.watch(plan.members)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def end(self, here: Here, *, stopped: bool) -> None:
+        """End the job on all ranks. Collective."""
+        world = self.joined()
+        self.joined()
+        if self.pass_point(here, "end") != END:
+            raise JobError(f"this rank left the loop at step {here.cursor.step}, and rank 0 did not: all have to")
+        if self.leader is not None:
+            self.leader.end(here, stopped=stopped)
+        self.session.record(self.member, "ended")
+
+    def bereft(self) -> bool:
+        """Tell whether a member is lost; for who is not waiting."""
+        try:
+            self.vigil.check()
+        except Lost:
+            return True
+        except JobError:
+            pass
+        return False
+
+    def abandon(self) -> None:
+        """Let newcomers under way end with the job that has failed."""
+        if self.leader is not None:
+            self.leader.abandon()
+
+    def close(self) -> None:
+        """Free the communicators."""
+        self.vigil.close()
+        for world in (self.world, *self._tethers.values()):
+            if world is not None:
+                world.close()
+        self.world = None
+        self._tethers.clear()
+        if self.door is not None:
+            self.door.close()

@@ -1,0 +1,155 @@
+"""Checkpoints of a running job: when one is due, the snapshot that it is written from, and how a job begins with one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .. import events, faults
+from ..errors import CheckpointError
+from ..rundir import checkpoint_folder
+from .plan import Tally
+
+if TYPE_CHECKING:
+    from ..checkpoint import Buffers, Checkpoint, Writer
+    from .membership import Membership
+    from .reports import Here
+    from .session import Session
+
+LONGEST_WAIT_S = 600.0  # for a checkpoint that is being written when the rank ends
+
+
+def bits(session: Session) -> dict[str, Any]:
+    """Return the settings that fix the bits: a checkpoint made with others is of another job."""
+    return {"microbatches": session.config.microbatches, "seed": session.config.seed}
+
+
+class Saving:
+    """One rank's part in the checkpoints of its job.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    membership : Membership
+        The rank.
+    """
+
+    def __init__(self, session: Session, membership: Membership) -> None:
+        self._session = session
+        self._membership = membership
+        self._writer: Writer | None = None
+        self._buffers: Buffers | None = None
+        self._from = session.checkpoint
+        self.standstill_s: dict[tuple[int, int], float] = {}
+        if membership.leader is not None:
+            membership.leader.saving = self
+        membership.saving = self
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """True while a checkpoint is being written."""
+        return self._writer is not None and self._writer.busy
+
+    def save(self, here: Here) -> None:
+        """Take a snapshot of the state at a step boundary, and have it written while the job goes on."""
+        from ..checkpoint import About, Buffers, Rows, Store, Writer
+
+        begun = self._session.clock()
+        faults.at("snapshot")
+        member = self._membership
+        world, leads = member.joined(), member.leader is not None
+        if not leads and not here.arrays:
+            return  # the state is the same on all ranks: one writes it
+        if self._writer is None or self._buffers is None:
+            config = self._session.config
+            folder = checkpoint_folder(config, self._session.run.path)
+            self._writer = Writer(Store(folder, config.checkpoints_kept))
+            self._buffers = Buffers()
+        self._writer.wait(LONGEST_WAIT_S)
+        header, arrays = member.registry.pack() if leads else (b"", [])
+        copies = self._buffers.copy([*arrays, *(array.local for array in here.arrays)])
+        rows = [
+            Rows(array.name, array.shape, array.dtype.str, array.start, copy)
+            for array, copy in zip(here.arrays, copies[len(arrays) :], strict=True)
+        ]
+        notes = {"tally": msgspec.to_builtins(here.tally)}
+        if member.leader is not None:
+            office = member.leader.office
+            notes |= {"decided": office.decided, "asked": office.asked, "target": office.target}
+        about = About(
+            loop=here.loop,
+            cursor=here.cursor,
+            names=here.names,
+            settings=bits(self._session),
+            generation=world.generation.number,
+            time=time.time(),
+            notes=notes,
+        )
+        parts = range(world.size) if here.arrays else (0,)
+        self._writer.write(about, world.rank, parts, header, copies[: len(arrays)], rows, commits=leads)
+        self.standstill_s[here.loop, here.cursor.step] = self._session.clock() - begun
+
+    def outcomes(self) -> list[events.Checkpointed]:
+        """Return what became of the checkpoints that this rank finished since the last call."""
+        if self._writer is None:
+            return []
+        return [
+            events.Checkpointed(
+                loop=done.about.loop,
+                step=done.about.cursor.step,
+                path=str(done.path or ""),
+                seconds=done.seconds,
+                bytes=done.bytes,
+                standstill_s=self.standstill_s.pop((done.about.loop, done.about.cursor.step), 0.0),
+                error=done.error,
+            )
+            for done in self._writer.done()
+        ]
+
+    def finish(self) -> None:
+        """Wait until what is being written is on the disk."""
+        if self._writer is not None:
+            self._writer.wait(LONGEST_WAIT_S)
+
+    # --- beginning with one -------------------------------------------------------------------------------------------
+
+    def restore(self, here: Here) -> Here | None:
+        """Return where a loop begins: `here`, or where the checkpoint was made that the run began with; None past it."""
+        found = self._from
+        if found is None or here.loop > found.about.loop:
+            return here
+        if here.loop < found.about.loop:
+            return None
+        self._from = self._session.checkpoint = None
+        faults.at("restore")
+        self._check(found, here)
+        self._membership.registry.unpack(found.header, found.arrays())
+        for array in here.arrays:
+            array.local[:] = found.rows(array.name, array.start, array.stop)
+        leader = self._membership.leader
+        if leader is not None:
+            leader.reports.log.write(
+                events.Resumed(loop=here.loop, step=found.about.cursor.step, path=str(found.path), ranks=leader.world.size)
+            )
+        tally = msgspec.convert(found.about.notes["tally"], Tally)
+        return replace(here, cursor=found.about.cursor, tally=tally)
+
+    def _check(self, found: Checkpoint, here: Here) -> None:
+        if tuple(found.about.names) != here.names:
+            theirs = ", ".join(name for name in found.about.names if name not in here.names)
+            ours = ", ".join(name for name in here.names if name not in found.about.names)
+            raise CheckpointError(
+                f"checkpoint {found.path} has {theirs or 'nothing'} where the job has {ours or 'nothing'}: it is of another job, "
+                "or the script has changed; start the job in a new run directory, or remove the checkpoint"
+            )
+        if found.about.settings != bits(self._session):
+            raise CheckpointError(
+                f"checkpoint {found.path} was made with {found.about.settings}, the job has {bits(self._session)}: other "
+                "bits would come; use the same settings, or start the job in a new run directory"
+            )

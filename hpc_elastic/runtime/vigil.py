@@ -1,0 +1,118 @@
+"""One rank's vigil over the others: what ends its waits, and what ends the rank itself where it can't wait any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from .. import faults
+from ..comm.liveness import Liveness
+from ..comm.waiting import Lost
+from ..model import Member
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .session import Session
+
+LOOK_S = 0.25
+NO_MEETINGS = -1
+NOTICE_S = 1.0  # how long a blocking call of MPI's may go on after one who takes part in it has gone
+
+
+class Vigil:
+    """Looks after the processes that this rank works with.
+
+    Attributes
+    ----------
+    losses : int
+        How many losses the job has gone on after; the survivors of the next one meet under this number. `NO_MEETINGS` in
+        a process that is no member.
+    over : bool
+        True once nothing more is to be watched.
+    """
+
+    def __init__(self, session: Session, me: Member) -> None:
+        self.losses = NO_MEETINGS
+        self.over = False
+        self.me = me
+        self._session = session
+        self._liveness = Liveness(session.run, session.config.stall_s)
+        self._lock = threading.Lock()  # the thread looks as well
+        self._blocked: tuple[tuple[Member, ...], float] | None = None
+
+    def watch(self, members: Iterable[Member]) -> None:
+        """Look after these processes from now on."""
+        with self._lock:
+            self._liveness.watch(members)
+
+    def gone(self, members: Iterable[Member]) -> frozenset[int]:
+        """Return the numbers of those that have ended."""
+        with self._lock:
+            return self._liveness.among(tuple(members))
+
+    def left(self, number: int) -> bool:
+        """Tell whether a process that has ended was done with the job."""
+        return self._liveness.left(number)
+
+    def meeting(self) -> Path:
+        """Return the folder where the survivors of the next loss meet."""
+        return self._session.run.path / "losses" / str(self.losses)
+
+    def check(self) -> None:
+        """Raise what the job failed with, or `Lost` if a process is lost or others have said so."""
+        self._session.check()
+        with self._lock:
+            lost = self._liveness.lost()
+        if lost or (self.losses != NO_MEETINGS and self.meeting().exists()):
+            faults.at("detect")
+            raise Lost(lost)
+
+    @contextlib.contextmanager
+    def blocking(self, members: Iterable[Member]) -> Iterator[None]:
+        """Mark a call of MPI's that can't be left: if one of `members` goes, this process goes as well, soon after."""
+        self._blocked = tuple(members), time.monotonic()
+        try:
+            yield
+        finally:
+            self._blocked = None
+
+    def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
+        """Give signs of life from now on. `failed` is called as soon as the job has failed, `ends` with why this rank must."""
+        threading.Thread(target=self._run, args=(ends, failed), daemon=True).start()
+
+    def _run(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
+        beat = self._session.run.beat_file(self.me.id)
+        while not self.over:
+            with contextlib.suppress(OSError):
+                beat.touch(mode=0o600)
+                os.utime(beat)
+            if self._session.run.failed():
+                failed()
+            elif (reason := self._stuck()) and not self.over:
+                ends(reason)
+            time.sleep(LOOK_S)
+
+    def _stuck(self) -> str:
+        """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""
+        blocked = self._blocked
+        if blocked is None:
+            return ""
+        members, since = blocked
+        waited = time.monotonic() - since
+        gone = sorted(number for number in self.gone(members) if not self.left(number))
+        if gone and waited > NOTICE_S:
+            return f"process {gone[0]} was lost inside a call of MPI's that the others can't leave"
+        if waited > self._session.config.deadline_s:
+            return f"a call of MPI's that brings ranks together did not end within {waited:.0f} s"
+        return ""
+
+    def close(self) -> None:
+        """Stop looking."""
+        self.over = True
+        with self._lock:
+            self._liveness.close()
