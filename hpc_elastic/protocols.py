@@ -32,8 +32,8 @@ class Broker(Protocol):
         """Ask for `n` more slots, until `deadline_s` seconds into the run; granted ones appear among the leases."""
         ...
 
-    def release(self, leases: tuple[Lease, ...]) -> None:
-        """Give leases back; their ranks have gone."""
+    def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
+        """Give leases back; their ranks have gone. Slots where a rank could not start are not offered for `bar_s` seconds."""
         ...
 
 

@@ -168,7 +168,7 @@ class LocalBroker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slot = Slot(cores_per_rank, gpus_per_rank, slots)
-        self._slots = Slots(leases)
+        self._slots = Slots(leases, clock)
         self._read = read
         self._clock = clock
         self._machine = read()
@@ -177,7 +177,9 @@ class LocalBroker:
         self._unseen = 0
 
     def _room(self) -> tuple[int, str]:
-        return room(self._machine, self._slot, len(self._slots.leases), self._peak_bytes, self._unseen)
+        offered, why = room(self._machine, self._slot, len(self._slots.leases), self._peak_bytes, self._unseen)
+        barred = self._slots.barred
+        return max(0, offered - barred), why + (f", {barred} not used for a while: a rank could not start" if barred else "")
 
     def poll(self, step: int, time_s: float, peak_bytes: int) -> Supply:  # noqa: ARG002
         """Return the supply; the machine's figures are read anew once in `MEMORY_EVERY_S` at most."""
@@ -194,6 +196,6 @@ class LocalBroker:
         self._slots.grant(n, self._room()[0])
         self._unseen += len(self._slots.leases) - before
 
-    def release(self, leases: tuple[Lease, ...]) -> None:
-        """Take `leases` back."""
-        self._slots.release(leases)
+    def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
+        """Take `leases` back; their slots are not offered for `bar_s` seconds."""
+        self._slots.release(leases, bar_s)

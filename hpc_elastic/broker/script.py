@@ -62,12 +62,14 @@ class ScriptBroker:
         over = max(0, len(held) - self._total)
         revoked = tuple(sorted(held, key=lambda lease: lease.slot)[len(held) - over :])
         why = f"{self._total} slots by the script, {len(held)} in use"
-        return Supply(max(0, self._total - len(held)), held, revoked, why)
+        barred = self._slots.barred
+        why += f", {barred} not used for a while: a rank could not start" if barred else ""
+        return Supply(max(0, self._total - len(held) - barred), held, revoked, why)
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant `n` slots at once, as far as the timetable has them."""
-        self._slots.grant(n, max(0, self._total - len(self._slots.leases)))
+        self._slots.grant(n, max(0, self._total - len(self._slots.leases) - self._slots.barred))
 
-    def release(self, leases: tuple[Lease, ...]) -> None:
-        """Take `leases` back."""
-        self._slots.release(leases)
+    def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
+        """Take `leases` back; their slots are not offered for `bar_s` seconds."""
+        self._slots.release(leases, bar_s)

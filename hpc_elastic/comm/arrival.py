@@ -2,23 +2,28 @@
 
 A newcomer first warms up as a plain process, under its guard, without MPI: nobody waits for it, and its death costs
 nothing. When it is ready, `MPI_Comm_spawn` starts `handover.py`, one process in a world of its own, which hands the
-launcher's gifts over to the newcomer, so that the newcomer becomes that process for MPI. The leader spawns over COMM_SELF
-from a thread. What joins the party to the members is one `MPI_Intercomm_create` at a step boundary, however many they are.
+launcher's gifts over to the newcomer, so that the newcomer becomes that process for MPI; or it comes with a launcher of its
+own (`bridge`). The leader connects over COMM_SELF, from a thread. What joins the party to the members is one
+`MPI_Intercomm_create` at a step boundary, however many they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mpi4py import MPI
 
+from .. import faults
+from ..errors import JobError
 from ..rundir import RunDirectory
+from .bridge import PACKAGE, Bridge, socket_of, without_session
 from .messages import (
     NEWCOMER,
     THERE,
@@ -33,12 +38,10 @@ from .messages import (
     order_file,
     report_file,
 )
-from .vendor import Vendor
-from .waiting import Watch, send
+from .waiting import forsake, send
 
-PACKAGE = Path(__file__).parent.parent
-# What a launcher sets for the rank that starts a newcomer, and that is not the newcomer's.
-LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDI_", "MPI_LOCAL")
+LONGEST_INIT_S = 30.0  # from the handover until MPI_Init has returned
+LONGEST_BRINGING_S = 60.0
 
 
 @dataclass
@@ -53,6 +56,27 @@ class Arrival:
     error: str = ""
     spawn_s: float = 0.0
 
+    def problem(self, run: RunDirectory) -> str:
+        """Return why it can't come, or an empty string."""
+        if self.report is None:
+            self.report = run.get(report_file(run, self.options.member), Report)
+        if self.report is not None and self.report.error:
+            return self.report.error
+        if not self.error and self.guard is not None and self.guard.poll() is not None:
+            end = run.end_of(self.options.member)
+            how = end.how() if end is not None else f"ended with code {self.guard.returncode}"
+            words = end.last_words.strip().splitlines()[-1:] if end is not None else []
+            self.error = f"newcomer {self.options.member} {how} before it had joined{': ' + words[0] if words else ''}"
+        return self.error
+
+    def end(self) -> None:
+        """End it, wherever it is: it is no part of the job."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.report is not None and self.guard is not None and self.guard.poll() is None:
+                os.kill(self.report.member.pid, signal.SIGKILL)  # it may sit in MPI_Init, and heed nothing else
+        if self.guard is not None:
+            self.guard.terminate()
+
 
 class Arrivals:
     """All newcomers of one resize, seen from the leader. Nothing here blocks the leader's steps.
@@ -63,20 +87,21 @@ class Arrivals:
         Whom to bring.
     run : RunDirectory
         The run.
-    vendor : Vendor
-        The MPI loaded.
+    bridge : Bridge
+        How to connect with a newcomer.
     clock : callable
         Seconds.
     """
 
-    def __init__(self, arrivals: list[Arrival], run: RunDirectory, vendor: Vendor, clock: Callable[[], float]) -> None:
+    def __init__(self, arrivals: list[Arrival], run: RunDirectory, bridge: Bridge, clock: Callable[[], float]) -> None:
         self.all = arrivals
         self._run = run
-        self._vendor = vendor
+        self._bridge = bridge
         self._clock = clock
         self._party: Party | None = None
         self._pairs: list[MPI.Intracomm] = []
         self._bringing: threading.Thread | None = None
+        self._brought_s = 0.0
         self._error = ""
         for arrival in arrivals:
             report_file(run, arrival.options.member).unlink(missing_ok=True)
@@ -89,30 +114,39 @@ class Arrivals:
 
     def _start(self, options: Options) -> subprocess.Popen[bytes]:
         """Start a newcomer under its guard. It gets nothing of this rank's own session with the launcher."""
+        faults.at("start")
         self._run.put(options_file(self._run, options.member), options)
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
         # -I -S: neither site-packages nor the environment's Python settings, so that the guard is there at once.
-        guard = [sys.executable, "-I", "-S", str(PACKAGE / "guard.py"), "--warm", self._socket(options)]
+        guard = [sys.executable, "-I", "-S", str(PACKAGE / "guard.py"), "--warm", socket_of(self._run, options.member)]
         worker = [sys.executable, "-m", "hpc_elastic.worker", options.run_dir, str(options.member)]
         return subprocess.Popen(
-            [*guard, options.run_dir, str(options.member), *worker], env=environ, stdin=subprocess.DEVNULL
+            [*guard, options.run_dir, str(options.member), *worker], env=without_session(), stdin=subprocess.DEVNULL
         )
 
-    def _socket(self, options: Options) -> str:
-        return str(self._run.newcomers / f"{options.member}.sock")
+    # --- while they are under way -------------------------------------------------------------------------------------
 
-    def look(self) -> str:
-        """Take the newcomers' reports; return why the party can't come, or an empty string."""
-        for arrival in self.all:
-            if arrival.report is None:
-                arrival.report = self._run.get(report_file(self._run, arrival.options.member), Report)
-            if arrival.report is not None and arrival.report.error:
-                return arrival.report.error
-            if arrival.error:
-                return arrival.error
-            if arrival.guard is not None and (code := arrival.guard.poll()) is not None:
-                return f"newcomer {arrival.options.member} ended with code {code} before it had joined"
-        return self._error
+    def failing(self) -> list[tuple[Arrival, str]]:
+        """Return those that can't come, and why."""
+        found = [(arrival, arrival.problem(self._run)) for arrival in self.all]
+        return [(arrival, problem) for arrival, problem in found if problem]
+
+    def problem(self) -> str:
+        """Return why the party as a whole can't come, or an empty string."""
+        if self._bringing is None:
+            return ""
+        if (failing := self.failing()) or self._error:
+            return self._error or failing[0][1]
+        if self._party is None and self._clock() - self._brought_s > LONGEST_BRINGING_S:
+            return f"the newcomers could not be connected within {LONGEST_BRINGING_S:.0f} s"
+        return ""
+
+    def drop(self, arrival: Arrival) -> bool:
+        """Go on without one that can't come; False if it is too late for that, since they are being connected."""
+        if self._bringing is not None:
+            return False
+        arrival.end()
+        self.all.remove(arrival)
+        return True
 
     def warm(self) -> bool:
         """Tell whether all have reported themselves ready."""
@@ -138,9 +172,12 @@ class Arrivals:
         else:
             self._run.put(order_file(self._run, arrival.options.member), order)
 
+    # --- connecting them ----------------------------------------------------------------------------------------------
+
     def bring(self) -> None:
         """Begin to connect those that are ready, and to form the party."""
         if self._bringing is None:
+            self._brought_s = self._clock()
             self._bringing = threading.Thread(target=self._bring, daemon=True)
             self._bringing.start()
 
@@ -150,8 +187,8 @@ class Arrivals:
 
     def _bring(self) -> None:
         fresh = [arrival for arrival in self.all if arrival.line is None]
-        lots = [[arrival] for arrival in fresh] if self._vendor.spawns_at_once else [fresh]
-        threads = [threading.Thread(target=self._spawn, args=(lot,), daemon=True) for lot in lots]
+        lots = [[arrival] for arrival in fresh] if self._bridge.at_once else [fresh]
+        threads = [threading.Thread(target=self._connect, args=(lot,), daemon=True) for lot in lots]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -159,19 +196,25 @@ class Arrivals:
         if not any(arrival.error for arrival in self.all):
             try:
                 self._gather([arrival.line for arrival in self.all if arrival.line is not None])
-            except MPI.Exception as error:
+            except (MPI.Exception, JobError) as error:
                 self._error = f"the newcomers could not be brought together: {error}"
 
-    def _spawn(self, lot: list[Arrival]) -> None:
+    def _connect(self, lot: list[Arrival]) -> None:
         for arrival in lot:
             begun = self._clock()
+            # A newcomer that never comes out of MPI_Init would keep this rank in its call: its guard finds somebody else.
+            limit = threading.Timer(LONGEST_INIT_S, arrival.end)
+            limit.daemon = True
+            limit.start()
             try:
+                faults.at("spawn")
                 # Nothing else collective here: MPICH mixes up the messages of two merges at a time.
-                command = ["-I", "-S", str(PACKAGE / "handover.py"), self._socket(arrival.options)]
-                arrival.line = MPI.COMM_SELF.Spawn(sys.executable, command, maxprocs=1)
+                arrival.line = self._bridge.connect(self._run, arrival.options.member)
                 arrival.spawn_s = self._clock() - begun
-            except MPI.Exception as error:
-                arrival.error = f"spawn failed: {error}"
+            except (MPI.Exception, OSError, JobError) as error:
+                arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
+            finally:
+                limit.cancel()
 
     def _gather(self, lines: list[MPI.Intercomm]) -> None:
         for index, line in enumerate(lines):
@@ -191,20 +234,25 @@ class Arrivals:
             send(arrival.line, THERE, TO_NEWCOMER, Call(order="enter"))
         return self._party
 
-    def dismiss(self, watch: Watch) -> None:
-        """Send all away again. Those that are not connected are simply ended."""
-        if self._bringing is not None:
-            watch.until(lambda: self._bringing is None or not self._bringing.is_alive())
+    # --- sending them away --------------------------------------------------------------------------------------------
+
+    def dismiss(self) -> None:
+        """Send all away again, without waiting for them."""
+        if self._bringing is not None and self._bringing.is_alive():
+            forsake(self._bringing)
+            self.terminate()
+            return
         for arrival in self.all:
             self._order(arrival, Call(order="go"))
-        self.terminate()
+        for arrival in self.all:
+            if arrival.line is None:
+                arrival.end()
         self.close()
 
     def terminate(self) -> None:
-        """End those that are not connected."""
+        """End all, wherever they are."""
         for arrival in self.all:
-            if arrival.line is None and arrival.guard is not None:
-                arrival.guard.terminate()
+            arrival.end()
 
     def close(self) -> None:
         """Free the communicators."""

@@ -28,9 +28,11 @@ from .messages import (
     Report,
     extend,
     order_file,
+    port_file,
     report_file,
 )
 from .waiting import Watch, take, take_any
+from .world import together
 
 LARGEST = 1 << 18  # bytes of a handover at most
 
@@ -147,6 +149,10 @@ class Door:
         with self._watch.blocking(self._leader):
             accept_handover(self._door)
         self._line = MPI.Comm.Get_parent()
+        if self._line == MPI.COMM_NULL:
+            # It has a launcher of its own: it calls the leader, instead of being its launcher's child.
+            port = port_file(self._run, self._member).read_text()
+            self._line = together(self._watch, self._leader, lambda: MPI.COMM_SELF.Connect(port))
         return None
 
     def _message(self) -> bytes:
@@ -165,8 +171,7 @@ class Door:
 
     def _gather(self, index: int, total: int) -> None:
         faults.at("gather")
-        with self._watch.blocking(self._leader):
-            self._chain(index, total)
+        together(self._watch, self._leader, lambda: self._chain(index, total))
 
     def _chain(self, index: int, total: int) -> None:
         assert self._line is not None
@@ -186,11 +191,15 @@ class Door:
         """Be merged with the members. Collective with `World.merge` on their side."""
         if self._group is None or self._others is None:
             raise MembershipError("entered before the party was gathered")
-        with self._watch.blocking(self._leader):
-            inter = self._others.Create_intercomm(0, self._group, LEADER, BRIDGE_TAG)
-            merged = inter.Merge(high=True)
+        others, group = self._others, self._group
+
+        def merged() -> MPI.Intracomm:
+            inter = others.Create_intercomm(0, group, LEADER, BRIDGE_TAG)
+            comm = inter.Merge(high=True)
             inter.Free()
-        return merged, Party(self._group)
+            return comm
+
+        return together(self._watch, self._leader, merged), Party(group)
 
     def close(self) -> None:
         """Free the communicators."""

@@ -1,4 +1,4 @@
-"""Which processes live: by a descriptor of the process on this host, else by what its guard recorded and its sign of life."""
+"""Which processes live: by a descriptor of the process on this host, else by its guard's record and its signs of life."""
 
 from __future__ import annotations
 

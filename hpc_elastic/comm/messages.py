@@ -31,6 +31,11 @@ def order_file(run: RunDirectory, member: int) -> Path:
     return run.newcomers / f"{member}.order.json"
 
 
+def port_file(run: RunDirectory, member: int) -> Path:
+    """Return where the leader writes under which name of MPI's newcomer `member`, with a launcher of its own, reaches it."""
+    return run.newcomers / f"{member}.port"
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What a newcomer must know before it runs the user's script."""
 

@@ -32,6 +32,11 @@ class Vendor:
     shrinks : bool
         After a loss the survivors' communicator comes from ULFM's ``Shrink``; else from ``Create_group``, which takes that
         the launcher is kept calm by the dead rank's guard.
+    joins : bool
+        Processes of two launchers can connect.
+    calls_apart : bool
+        A call that brings ranks together is made in a thread, which is left there if a rank is lost: the other threads go on
+        at nearly full speed. Where they don't, ULFM ends most such calls, and a rank that stays in one has to end itself.
     leaves_shared_memory : str
         Pattern below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
@@ -45,6 +50,8 @@ class Vendor:
     launch: tuple[str, ...]
     spawns_at_once: bool
     shrinks: bool
+    joins: bool
+    calls_apart: bool
     leaves_shared_memory: str
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -59,6 +66,8 @@ VENDORS = (
         launch=(),
         spawns_at_once=True,
         shrinks=False,
+        joins=True,
+        calls_apart=True,
         leaves_shared_memory="mpich_*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
@@ -86,6 +95,8 @@ VENDORS = (
         launch=("--with-ft", "ulfm"),
         spawns_at_once=False,
         shrinks=True,
+        joins=False,
+        calls_apart=False,
         leaves_shared_memory="sm_segment.*",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",

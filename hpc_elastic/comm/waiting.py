@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import msgspec
 from mpi4py import MPI
 
 from ..errors import LostRank, MembershipError
 from ..model import Member
+
+T = TypeVar("T")
 
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
 LONGEST_SLEEP_S = 0.002
@@ -38,6 +42,20 @@ class Lost(LostRank):
 _given_up: list[MPI.Request] = []
 
 
+# Threads inside a call of MPI's that can't be left and may never end.
+_forsaken: list[threading.Thread] = []
+
+
+def forsake(thread: threading.Thread) -> None:
+    """Leave `thread` inside its call of MPI's: whoever it waits for there will not come."""
+    _forsaken.append(thread)
+
+
+def forsaken() -> bool:
+    """Tell whether a thread of this process is left inside a call of MPI's: ``MPI_Finalize`` would crash or hang then."""
+    return any(thread.is_alive() for thread in _forsaken)
+
+
 class Watch:
     """Waits that end when a rank is lost or the job has failed elsewhere.
 
@@ -56,6 +74,28 @@ class Watch:
     ) -> None:
         self.check = check
         self._blocking = blocking
+
+    def apart(self, call: Callable[[], T]) -> T:
+        """Make a `call` of MPI's that can't be left, in a thread that can be: it is forsaken if a rank is lost meanwhile."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # noqa: BLE001  (raised below)
+                errors.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            self.until(lambda: bool(results or errors))
+        except BaseException:
+            forsake(thread)
+            raise
+        if errors:
+            raise errors[0]
+        return results[0]
 
     @contextlib.contextmanager
     def blocking(self, members: Iterable[Member]) -> Iterator[None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from ..model import Generation, Member, Move
 from .messages import BRIDGE_TAG, Party
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import Lost, Watch
+from .waiting import Lost, Watch, forsaken
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 Array = NDArray[np.generic]
 MOVE_TAG = 20
 
@@ -34,6 +35,15 @@ def library() -> str:
     return MPI.Get_library_version().split("\n")[0].split(",")[0].replace("\t", " ").rstrip("\0 ")
 
 
+def together(watch: Watch, members: Sequence[Member], call: Callable[[], T]) -> T:
+    """Make a `call` of MPI's that brings `members` together, so that this process outlives the loss of one of them."""
+    with watch.blame():
+        if vendor().calls_apart:
+            return watch.apart(call)
+        with watch.blocking(members):
+            return call()
+
+
 LAUNCHED = under_launcher()  # asked now, since Open MPI sets such variables itself in MPI_Init
 
 
@@ -47,7 +57,16 @@ def must_stay() -> bool:
 
 
 def finalize() -> None:
-    """End MPI in this process. Removes what a single process of Open MPI leaves in shared memory."""
+    """End MPI in this process. Removes what a single process of Open MPI leaves in shared memory.
+
+    A process that can't end MPI, since a thread of it is left in a call, ends without: its guard tells the launcher.
+    """
+    if forsaken():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for path in own_shared_memory():
+            path.unlink(missing_ok=True)
+        os._exit(0)
     if MPI.Is_initialized() and not MPI.Is_finalized():
         segments = own_shared_memory()
         MPI.Finalize()
@@ -161,34 +180,46 @@ class World:
     def merge(self, party: Party | None, newcomers: Sequence[Member]) -> World:
         """Take the newcomers in; they come last. Collective with `Door.enter` on their side; `party` on rank 0 alone."""
         members = (*self.generation.members, *newcomers)
-        with self.watch.blocking(members):
-            peer, root = (party.group, 1) if party is not None else (MPI.COMM_SELF, 0)
-            inter = self.comm.Create_intercomm(0, peer, root, BRIDGE_TAG)
-            merged = inter.Merge(high=False)
-            inter.Free()
-        return World(merged, Generation(self.generation.number, members), self.watch)
+        peer, root = (party.group, 1) if party is not None else (MPI.COMM_SELF, 0)
+
+        def merged() -> MPI.Intracomm:
+            try:
+                inter = self.comm.Create_intercomm(0, peer, root, BRIDGE_TAG)
+                comm = inter.Merge(high=False)
+                inter.Free()
+            except MPI.Exception:
+                if vendor().shrinks:
+                    self.comm.Revoke()  # only this rank is told of a newcomer's loss; this brings the others out
+                raise
+            return comm
+
+        comm = together(self.watch, members, merged)
+        return World(comm, Generation(self.generation.number, members), self.watch)
 
     def split(self, leavers: Sequence[int]) -> World | None:
         """Part from the ranks `leavers`; they get None. Collective; both worlds stay open."""
         self.barrier()  # ranks that come early wait here, where they don't spin and can leave
         leaves = self.rank in leavers
-        with self.watch.blocking(self.generation.members):
-            kept = self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
+        kept = together(
+            self.watch, self.generation.members, lambda: self.comm.Split(MPI.UNDEFINED if leaves else 0, self.rank)
+        )
         if leaves:
             return None
         members = tuple(m for r, m in enumerate(self.generation.members) if r not in leavers)
         return World(MPI.Intracomm(kept), Generation(self.generation.number, members), self.watch)
 
     def rebuild(self, survivors: Sequence[int], generation: Generation, tag: int) -> World:
-        """Return the world of the ranks `survivors`, as `generation`. Collective over them; this world is left as it is."""
-        with self.watch.blocking(generation.members):
+        """Return the world of the ranks `survivors`, as `generation`. Collective over them; this one stays as it is."""
+
+        def rebuilt() -> MPI.Comm:
             if vendor().shrinks:
                 if not self.comm.Is_revoked():
                     self.comm.Revoke()
-                comm = self.comm.Shrink()
-            else:
-                # Not freed are the old communicators: some of their messages will never come.
-                comm = self.comm.Create_group(self.comm.group.Incl(survivors), tag)
+                return self.comm.Shrink()
+            # Not freed are the old communicators: some of their messages will never come.
+            return self.comm.Create_group(self.comm.group.Incl(survivors), tag)
+
+        comm = together(self.watch, generation.members, rebuilt)
         world = World(MPI.Intracomm(comm), generation, self.watch)
         if world.size != len(survivors):
             raise Lost

@@ -37,7 +37,7 @@ MOST_LOSSES_AT_A_STEP = 3
 
 
 class Membership:
-    """This rank among the others.
+    """A rank among the others.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class Membership:
         world.fill(heard)
         self._word = int(heard[0])
         if self._word == RESIZE:
-            self._resize(world, here, order if isinstance(order, Plan) else None)
+            self._resize(world, order if isinstance(order, Plan) else None)
         elif self._word != NOTHING:
             self._ready = True
             world.barrier()  # whoever is past this place knows that all others have the word
@@ -128,7 +128,7 @@ class Membership:
             return UNKNOWN
         return NOTHING if self._point < verdict.point else verdict.word
 
-    def _resize(self, world: World, here: Here, own_plan: Plan | None) -> None:
+    def _resize(self, world: World, own_plan: Plan | None) -> None:
         stages = Stages(self.session.clock)
         moving = self._moving = Transition(self.registry, self.arrays, stages, world)
         with stages.stage("drain"):
@@ -199,25 +199,17 @@ class Membership:
         """Go on without those that were lost; True if the resize under way was committed."""
         clock, moving = self.session.clock, self._moving
         begun = clock()
-        needs = ""
-        if self.arrays:
-            needs = "it held a part of a distributed array"
-        elif here.unit != "samples":
-            needs = "the job runs in job.loop, whose turns can't be repeated"
-        world = self.world if self.world is not None else (moving.merged if moving is not None else None)
-        if world is None:
-            raise LostRank("the leader was lost before this newcomer had joined")
-        old = self._generation(world)
+        number, members = self._generation()
         account = Account(
             member=self.member,
-            generation=old[0],
-            members=old[1],
+            generation=number,
+            members=members,
             place=2 * self._point + self._in_sum,
             ready=moving.prepared if moving is not None else self._ready,
             word=self._word,
             step=here.cursor.step,
             joining=moving.joining if moving is not None else (),
-            needs_all=needs,
+            needs_all=self._needs_all(here),
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()
@@ -225,50 +217,49 @@ class Membership:
             raise LostRank(self._names(verdict) + f", and can't be done without: {verdict.refused}")
         if self.member.id not in {member.id for member in verdict.survivors}:
             raise LostRank("the resize that this newcomer came for was called off, since a rank was lost")
-        committed = moving is not None and verdict.generation == old[0] + 1
-        base = world
-        if moving is not None and committed:
-            assert moving.plan is not None
-            self._moving = None
-            if moving.settled is None:
-                self.retired, self.world, self.leader = True, None, None
-                raise Retired(f"process {self.member.id} left the job while another was lost")
-            base = moving.settled
-        elif moving is not None:
+        self._verdict, self._moving = verdict, None
+        committed = moving if moving is not None and verdict.generation == number + 1 else None
+        if moving is not None and committed is None:
             moving.roll_back()
-            self._moving = None
-        self._verdict = verdict
-        self._rebuild(base, verdict, moving if committed else None)
+        self._rebuild(verdict, committed)
         if self.leader is not None:
-            if moving is not None and moving.plan is not None and committed:
+            if committed is not None and committed.plan is not None:
                 self.leader.committed()
-                self.leader.resized(moving.plan, moving.stages.seconds, moving.state_bytes, moving.moved_bytes)
-            after = {"agree": agreed - begun, "rebuild": clock() - agreed}
-            self.leader.lost(verdict, here, after, rolled_back=moving is not None and not committed)
+                self.leader.resized(committed.plan, committed.stages.seconds, committed.state_bytes, committed.moved_bytes)
+            seconds = {"agree": agreed - begun, "rebuild": clock() - agreed}
+            self.leader.lost(verdict, here, seconds, rolled_back=moving is not None and committed is None)
         self._count(verdict)
-        return committed
+        return committed is not None
 
-    def _generation(self, world: World) -> tuple[int, tuple[Member, ...]]:
+    def _needs_all(self, here: Here) -> str:
+        """Return why the job can't go on from here without a lost member; empty if it can."""
+        if self.arrays:
+            return "it held a part of a distributed array"
+        return "" if here.unit == "samples" else "the turns of job.loop can't be repeated"
+
+    def _generation(self) -> tuple[int, tuple[Member, ...]]:
         """Return number and members of the generation that this rank is in; a newcomer's is the one it is to join."""
         if self.world is not None:
-            return world.generation.number, world.generation.members
-        assert self._moving is not None
-        plan = self._moving.plan
-        assert plan is not None
+            return self.world.generation.number, self.world.generation.members
+        plan = self._moving.plan if self._moving is not None else None
+        if plan is None:
+            raise LostRank("the leader was lost before this newcomer had joined")
         return plan.generation - 1, plan.members[: len(plan.members) - plan.joining]
 
-    def _rebuild(self, base: World, verdict: Verdict, committed: Transition | None) -> None:
+    def _rebuild(self, verdict: Verdict, committed: Transition | None) -> None:
+        """Come together with the other survivors: in the generation before, or in the one that was `committed`."""
         faults.at("rebuild")
-        generation = generation_after(verdict)
+        base = self.world if committed is None else committed.settled
+        if base is None:
+            self.retired, self.world, self.leader = True, None, None
+            raise Retired(f"process {self.member.id} left the job while another was lost")
         self.vigil.watch(verdict.survivors)
-        plan = committed.plan if committed is not None else None
-        led = self.leader is not None
-        if led or verdict.survivors[0].id == self.member.id:
+        if self.leader is not None or verdict.survivors[0].id == self.member.id:
             send_away(verdict.dismissed, self.session.run)
-        world = base.rebuild(ranks_of(base.generation.members, verdict.survivors), generation, self.vigil.losses)
-        self.world = world
+        survivors = ranks_of(base.generation.members, verdict.survivors)
+        world = self.world = base.rebuild(survivors, generation_after(verdict), self.vigil.losses)
         self.door = None
-        self._lead(world, plan.office if plan is not None else None)
+        self._lead(world, committed.plan.office if committed is not None and committed.plan is not None else None)
         world.open_user()
 
     def _names(self, verdict: Verdict) -> str:
@@ -362,7 +353,6 @@ class Membership:
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """End the job on all ranks. Collective."""
-        world = self.joined()
         self.joined()
         if self.pass_point(here, "end") != END:
             raise JobError(f"this rank left the loop at step {here.cursor.step}, and rank 0 did not: all have to")

@@ -71,7 +71,9 @@ class Saving:
             folder = checkpoint_folder(config, self._session.run.path)
             self._writer = Writer(Store(folder, config.checkpoints_kept))
             self._buffers = Buffers()
-        self._writer.wait(LONGEST_WAIT_S)
+        if self._writer.busy:
+            self._writer.abandon()  # a part of it does not come: somebody was lost meanwhile
+            self._writer.wait(LONGEST_WAIT_S)
         header, arrays = member.registry.pack() if leads else (b"", [])
         copies = self._buffers.copy([*arrays, *(array.local for array in here.arrays)])
         rows = [
@@ -91,7 +93,7 @@ class Saving:
             time=time.time(),
             notes=notes,
         )
-        parts = range(world.size) if here.arrays else (0,)
+        parts = tuple(range(world.size)) if here.arrays else (world.rank,)
         self._writer.write(about, world.rank, parts, header, copies[: len(arrays)], rows, commits=leads)
         self.standstill_s[here.loop, here.cursor.step] = self._session.clock() - begun
 
@@ -145,8 +147,8 @@ class Saving:
             theirs = ", ".join(name for name in found.about.names if name not in here.names)
             ours = ", ".join(name for name in here.names if name not in found.about.names)
             raise CheckpointError(
-                f"checkpoint {found.path} has {theirs or 'nothing'} where the job has {ours or 'nothing'}: it is of another job, "
-                "or the script has changed; start the job in a new run directory, or remove the checkpoint"
+                f"checkpoint {found.path} has {theirs or 'nothing'} where the job has {ours or 'nothing'}: it is of another "
+                "job, or the script has changed; start the job in a new run directory, or remove the checkpoint"
             )
         if found.about.settings != bits(self._session):
             raise CheckpointError(

@@ -110,7 +110,7 @@ class Transition:
         self._settle(plan)
 
     def of_newcomer(self, door: Door, watch: Watch, told: Callable[[Plan], None]) -> None:
-        """Enter through `door`, receive the plan, which `told` is given, and the state, and carry out the rest of the plan."""
+        """Enter through `door`, receive the plan, for `told`, and the state, and carry out the rest of the plan."""
         with self.stages.stage("merge"):
             comm, party = door.enter()
         with self.stages.stage("sync"):
@@ -144,7 +144,7 @@ class Transition:
             merged.barrier()
 
     def tidy(self) -> World | None:
-        """Free what only the old generation needed, once the new one is committed; return its communicator if ranks sleep."""
+        """Free what only the old generation needed, once the new one is committed; return what sleeping ranks hold on to."""
         assert self.plan is not None
         tether: World | None = None
         if self.plan.parks:

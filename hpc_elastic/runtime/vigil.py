@@ -82,7 +82,7 @@ class Vigil:
             self._blocked = None
 
     def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
-        """Give signs of life from now on. `failed` is called as soon as the job has failed, `ends` with why this rank must."""
+        """Give signs of life from now on. `failed` is called once the job has failed, `ends` with why this rank must end."""
         threading.Thread(target=self._run, args=(ends, failed), daemon=True).start()
 
     def _run(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:

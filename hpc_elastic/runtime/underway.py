@@ -1,0 +1,197 @@
+"""A resize under way, between its decision and its commit: newcomers are invited, looked after, and sent away again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .. import events, faults
+from ..comm.arrival import Arrival, Arrivals
+from ..comm.bridge import Bridge, Join, Spawn
+from ..comm.messages import Options
+from ..comm.world import vendor
+from ..errors import ResizeRefused
+from ..model import Lease, Resize
+from .plan import Parked, Plan
+from .session import peak_bytes
+
+if TYPE_CHECKING:
+    from .leader import Leader
+    from .plan import Office
+    from .reports import Here
+
+BAR_S = 10.0  # how long the slot of a newcomer that could not come is not used; doubles each time
+LONGEST_BAR_S = 320.0
+
+
+@dataclass
+class UnderWay:
+    """One resize; one that the broker forces, or a loss, is none of the policy's decisions."""
+
+    resize: Resize
+    leavers: tuple[int, ...]
+    arrivals: Arrivals | None
+    decided_s: float
+    forced: bool
+
+
+class Invitations:
+    """Invites newcomers for a leader, and knows which slots failed lately.
+
+    Parameters
+    ----------
+    leader : Leader
+        The leader.
+    """
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._bars: dict[int, float] = {}  # slot -> seconds of its next bar
+        self._bridge: Bridge | None = None
+
+    def invite(self, here: Here, n: int) -> Arrivals | None:
+        """Lease `n` slots and start newcomers there."""
+        if n == 0:
+            return None
+        leader = self._leader
+        faults.at("request")
+        held = {lease.slot for lease in leader.office.leases}
+        leader.broker.request(n, leader.session.seconds() + leader.session.config.deadline_s)
+        leases = leader.poll(here).leases
+        new = [lease for lease in leases if lease.slot not in held]
+        if len(new) < n:
+            leader.broker.release(tuple(new))
+            raise ResizeRefused(f"{n} more ranks were asked for, but the broker granted {len(new)} slots")
+        office = leader.office
+        reachable = [parked for parked in office.parked if parked.tether in leader.tethers]
+        arrivals, number = [], office.next_member
+        for lease in new:
+            if reachable:
+                parked = reachable.pop(0)
+                tether = (leader.tethers[parked.tether].comm, parked.rank)
+                arrivals.append(Arrival(self._options(parked.member.id, lease), tether=tether))
+            else:
+                arrivals.append(Arrival(self._options(number, lease)))
+                number += 1
+        leader.office = msgspec.structs.replace(office, leases=leases, next_member=number)
+        return Arrivals(arrivals, leader.session.run, self.bridge(), leader.session.clock)
+
+    def bridge(self) -> Bridge:
+        """Return how newcomers are connected with."""
+        if self._bridge is None:
+            kind = Join if self._leader.session.config.arrival == "join" else Spawn
+            self._bridge = kind(vendor())
+        return self._bridge
+
+    def _options(self, member: int, lease: Lease) -> Options:
+        session, script = self._leader.session, self._leader.session.script
+        return Options(
+            member=member,
+            slot=lease.slot,
+            run_dir=str(session.run.path),
+            settings=msgspec.to_builtins(session.config),
+            argv=script.argv,
+            module=script.module,
+            path=script.path,
+            directory=script.directory,
+            started=session.started,
+            leader=self._leader.world.me,
+        )
+
+    def drop_failing(self, way: UnderWay, here: Here) -> str:
+        """Go on without newcomers that can't come; return why the resize as a whole can't go on, or an empty string."""
+        arrivals = way.arrivals
+        assert arrivals is not None
+        for arrival, reason in arrivals.failing():
+            if not arrivals.drop(arrival):
+                return reason
+            slot = arrival.options.slot
+            bar_s = self._bars.get(slot, BAR_S)
+            self._bars[slot] = min(2 * bar_s, LONGEST_BAR_S)
+            if not arrivals.all:
+                self.release({slot}, bar_s)
+                return reason
+            self.release({slot}, bar_s)
+            self._leader.reports.log.write(
+                events.Refused(step=here.cursor.step, ranks=way.resize.ranks, reason=f"goes on without one: {reason}")
+            )
+            self._leader.reports.say(f"a newcomer could not come, slot {slot} is not used for {bar_s:.0f} s: {reason}")
+        return ""
+
+    def mismatch(self, way: UnderWay, here: Here) -> str:
+        """Return what a newcomer has that the members don't, or the other way round."""
+        for arrival in way.arrivals.all if way.arrivals is not None else []:
+            if arrival.report is not None and tuple(arrival.report.names) != here.names:
+                theirs = ", ".join(name for name in arrival.report.names if name not in here.names)
+                ours = ", ".join(name for name in here.names if name not in arrival.report.names)
+                return (
+                    f"a newcomer has {theirs or 'nothing'} where the members have {ours or 'nothing'}: every rank must "
+                    "register the same state, make the same arrays and read the same data"
+                )
+        return ""
+
+    def dismiss(self, way: UnderWay) -> None:
+        """Send the newcomers of a resize away, and give their slots back."""
+        if way.arrivals is not None:
+            slots = {arrival.options.slot for arrival in way.arrivals.all}
+            way.arrivals.dismiss()
+            self.release(slots)
+
+    def release(self, slots: set[int], bar_s: float = 0.0) -> None:
+        """Give slots back, which the broker does not offer for `bar_s` seconds."""
+        leader = self._leader
+        gone = tuple(lease for lease in leader.office.leases if lease.slot in slots)
+        leader.broker.release(gone, bar_s)
+        leader.office = msgspec.structs.replace(
+            leader.office, leases=tuple(lease for lease in leader.office.leases if lease not in gone)
+        )
+
+    def came(self) -> None:
+        """Forget earlier failures: newcomers have come."""
+        self._bars.clear()
+
+
+def make_plan(leader: Leader, way: UnderWay, here: Here, point: int, losses: int) -> Plan:
+    """Return the plan of a resize whose newcomers are there."""
+    old = leader.world.generation
+    number = old.number + 1
+    joining = way.arrivals.all if way.arrivals is not None else []
+    reports = [arrival.report for arrival in joining if arrival.report is not None]
+    for arrival, report in zip(joining, reports, strict=True):
+        stages = {"spawn": arrival.spawn_s, **report.stages}
+        leader.reports.log.write(events.Ready(member=report.member.id, host=report.member.host, stages=stages))
+    back = {report.member.id for report in reports}
+    parks = [rank for rank in way.leavers if old.members[rank].parks]
+    parked = tuple(p for p in leader.office.parked if p.member.id not in back)
+    office: Office = msgspec.structs.replace(
+        leader.office,
+        target=way.resize.ranks,
+        decided=leader.office.decided + (not way.forced),
+        asked=leader.office.asked if way.forced else None,
+        leaving=(*leader.office.leaving, *(old.members[rank] for rank in way.leavers)),
+        parked=parked + tuple(Parked(old.members[rank], number, rank) for rank in parks),
+        told_of_parking=leader.office.told_of_parking or bool(parks),
+        peak_bytes=max([leader.office.peak_bytes, peak_bytes(), *(report.peak_bytes for report in reports)]),
+    )
+    if office.told_of_parking and not leader.office.told_of_parking:
+        leader.reports.say(
+            "ranks that the launcher started together can't be ended singly: they are put to sleep and come back first; "
+            "start with -n 1 to avoid that"
+        )
+    return Plan(
+        generation=number,
+        loop=here.loop,
+        point=point,
+        losses=losses,
+        members=(*old.members, *(report.member for report in reports)),
+        joining=len(reports),
+        leavers=way.leavers,
+        reason=way.resize.reason,
+        wait_s=leader.session.clock() - way.decided_s,
+        cursor=here.cursor,
+        tally=here.tally,
+        office=office,
+        forms=tuple(array.form() for array in here.arrays),
+    )
