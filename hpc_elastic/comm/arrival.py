@@ -24,6 +24,7 @@ from .. import faults
 from ..errors import JobError
 from ..rundir import RunDirectory
 from .bridge import PACKAGE, Bridge, socket_of, without_session
+from .liveness import BEATS_EVERY_S, Beats
 from .messages import (
     NEWCOMER,
     THERE,
@@ -89,11 +90,15 @@ class Arrivals:
         The run.
     bridge : Bridge
         How to connect with a newcomer.
+    beats : Beats
+        Which newcomers have stalled.
     clock : callable
         Seconds.
     """
 
-    def __init__(self, arrivals: list[Arrival], run: RunDirectory, bridge: Bridge, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, arrivals: list[Arrival], run: RunDirectory, bridge: Bridge, beats: Beats, clock: Callable[[], float]
+    ) -> None:
         self.all = arrivals
         self._run = run
         self._bridge = bridge
@@ -102,6 +107,8 @@ class Arrivals:
         self._pairs: list[MPI.Intracomm] = []
         self._bringing: threading.Thread | None = None
         self._brought_s = 0.0
+        self._beats = beats
+        self._next_beats = 0.0
         self._error = ""
         for arrival in arrivals:
             report_file(run, arrival.options.member).unlink(missing_ok=True)
@@ -127,6 +134,11 @@ class Arrivals:
 
     def failing(self) -> list[tuple[Arrival, str]]:
         """Return those that can't come, and why."""
+        if self._clock() >= self._next_beats:
+            self._next_beats = self._clock() + BEATS_EVERY_S
+            for arrival in self.all:
+                if not arrival.error and self._beats.stalled(arrival.options.member):
+                    arrival.error = f"newcomer {arrival.options.member} gave no sign of life for too long"
         found = [(arrival, arrival.problem(self._run)) for arrival in self.all]
         return [(arrival, problem) for arrival, problem in found if problem]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -18,6 +17,40 @@ GUARD_S = 5.0  # how long a condemned process of another host is waited for
 LEFT = ("retired", "parked", "cancelled", "ended")
 
 
+class Beats:
+    """Signs of life, by which a stalled process is told from a slow one.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Where processes give them.
+    stall_s : float
+        Seconds without one after which a process has stalled.
+    """
+
+    def __init__(self, run: RunDirectory, stall_s: float) -> None:
+        self._run = run
+        self._stall_s = stall_s
+        self._seen: dict[int, tuple[float, float]] = {}  # process -> time of its last sign, and when that was seen
+
+    def stalled(self, number: int) -> bool:
+        """Tell whether process `number` has given signs of life, but none for too long."""
+        now = time.monotonic()
+        try:
+            beat = self._run.beat_file(number).stat().st_mtime
+        except OSError:
+            return False
+        # Only a change counts, by the clock here: clocks of hosts and file servers differ.
+        if self._seen.get(number, (0.0, 0.0))[0] != beat:
+            self._seen[number] = beat, now
+        return now - self._seen[number][1] > self._stall_s
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget processes."""
+        for number in numbers:
+            self._seen.pop(number, None)
+
+
 class Liveness:
     """Watches the processes of a job.
 
@@ -31,13 +64,12 @@ class Liveness:
 
     def __init__(self, run: RunDirectory, stall_s: float) -> None:
         self._run = run
-        self._stall_s = stall_s
+        self._beats = Beats(run, stall_s)
         self._host = socket.gethostname()
         self._members: dict[int, Member] = {}
         self._descriptors: dict[int, int] = {}  # descriptor -> member
         self._poll = select.poll()
         self._gone: set[int] = set()
-        self._beats: dict[int, tuple[float, float]] = {}  # member -> time of the last sign of life, when it was seen
         self._condemned: dict[int, float] = {}
         self._next_beats = 0.0
 
@@ -58,9 +90,8 @@ class Liveness:
                 self._poll.register(descriptor, select.POLLIN)
         self._members = wanted
         self._gone &= wanted.keys()
-        for seen in (self._beats, self._condemned):
-            for number in seen.keys() - wanted.keys():
-                del seen[number]
+        self._beats.forget(self._condemned.keys() - wanted.keys())
+        self._condemned = {number: since for number, since in self._condemned.items() if number in wanted}
 
     def _close(self, descriptor: int) -> None:
         del self._descriptors[descriptor]
@@ -93,12 +124,7 @@ class Liveness:
                 continue
             if member.host != self._host and self._run.end_of(number) is not None:
                 self._gone.add(number)
-            with contextlib.suppress(OSError):
-                beat = self._run.beat_file(number).stat().st_mtime
-                if self._beats.get(number, (0.0, 0.0))[0] != beat:
-                    self._beats[number] = beat, now
-            # Only a change counts, by the clock here: clocks of hosts and file servers differ.
-            if number in self._beats and now - self._beats[number][1] > self._stall_s:
+            if self._beats.stalled(number):
                 self._condemn(number, member, now)
 
     def _condemn(self, number: int, member: Member, now: float) -> None:

@@ -22,6 +22,7 @@ from ..model import Member
 from ..rundir import RunDirectory, checkpoint_folder
 from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked
+from .signals import heeded
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -79,8 +80,9 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
         print_only_the_message()
         raise
     try:
-        result = train(job)
-        job.end()
+        with heeded(job.session.run, job.member.id):
+            result = train(job)
+            job.end()
     except Retired:
         retire(job)
         raise SystemExit(0) from None

@@ -10,6 +10,7 @@ import msgspec
 from .. import events, faults
 from ..comm.arrival import Arrival, Arrivals
 from ..comm.bridge import Bridge, Join, Spawn
+from ..comm.liveness import Beats
 from ..comm.messages import Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
@@ -76,7 +77,8 @@ class Invitations:
                 arrivals.append(Arrival(self._options(number, lease)))
                 number += 1
         leader.office = msgspec.structs.replace(office, leases=leases, next_member=number)
-        return Arrivals(arrivals, leader.session.run, self.bridge(), leader.session.clock)
+        run, clock = leader.session.run, leader.session.clock
+        return Arrivals(arrivals, run, self.bridge(), Beats(run, leader.session.config.stall_s), clock)
 
     def bridge(self) -> Bridge:
         """Return how newcomers are connected with."""

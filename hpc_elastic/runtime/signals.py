@@ -1,0 +1,57 @@
+"""What signals mean to a rank: SIGTERM, leave the job; Ctrl-C, stop it at the next step, and at once when it comes twice.
+
+Under a supervisor Ctrl-C reaches the supervisor, not the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from ..model import Request
+from ..rundir import RunDirectory
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+@contextlib.contextmanager
+def heeded(run: RunDirectory, member: int) -> Iterator[None]:
+    """Heed signals inside a ``with`` block, as far as the script has no handlers of its own.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Where the leader is asked.
+    member : int
+        Number of this process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Handler] = {}
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        run.ask(Request("leave", member))
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        run.ask(Request("stop"))
+        sys.stderr.write("hpc_elastic: stopping at the next step, with a checkpoint; Ctrl-C again ends it now\n")
+
+    meanings: list[tuple[int, Handler, Handler]] = [
+        (signal.SIGTERM, signal.SIG_DFL, leave),
+        (signal.SIGINT, signal.default_int_handler, stop),
+    ]
+    for number, default, handler in meanings:
+        if signal.getsignal(number) is default:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
