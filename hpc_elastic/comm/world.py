@@ -108,8 +108,12 @@ class World:
 
     def open_user(self) -> None:
         """Make the user's communicator. Collective."""
-        self._user, request = self.comm.Idup()
-        self.watch.request(request)
+        if vendor().shrinks:
+            # ULFM ends this call on a loss; an Idup that can't end keeps Open MPI from making any other communicator.
+            self._user = together(self.watch, self.generation.members, self.comm.Dup)
+        else:
+            self._user, request = self.comm.Idup()
+            self.watch.request(request)
 
     @property
     def user(self) -> MPI.Intracomm:

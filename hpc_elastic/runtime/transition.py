@@ -137,6 +137,7 @@ class Transition:
         else:
             self.settled = merged
         with self.stages.stage("commit"):
+            merged.barrier()  # who was lost until here is noticed where it can be, and not in the calls that follow
             if self.settled is not None:
                 self.settled.generation = Generation(plan.generation, self.settled.generation.members)
                 self.settled.open_user()

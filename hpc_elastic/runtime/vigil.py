@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 NO_MEETINGS = -1
+LONGEST_CALL_S = 20.0  # of a blocking call of MPI's, for which all are there when it begins
 NOTICE_S = 1.0  # how long a blocking call of MPI's may go on after one who takes part in it has gone
 
 
@@ -107,7 +108,7 @@ class Vigil:
         gone = sorted(number for number in self.gone(members) if not self.left(number))
         if gone and waited > NOTICE_S:
             return f"process {gone[0]} was lost inside a call of MPI's that the others can't leave"
-        if waited > self._session.config.deadline_s:
+        if waited > LONGEST_CALL_S:
             return f"a call of MPI's that brings ranks together did not end within {waited:.0f} s"
         return ""
 
