@@ -134,7 +134,7 @@ def _stack(pid: int) -> str:
 
 def _shared_memory() -> set[str]:
     folder = Path("/dev/shm")
-    return {path.name for vendor in VENDORS for path in folder.glob(vendor.leaves_shared_memory)}
+    return {path.name for vendor in VENDORS for pattern in vendor.leaves_shared_memory for path in folder.glob(pattern)}
 
 
 def python() -> list[str]:

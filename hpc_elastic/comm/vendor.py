@@ -37,8 +37,8 @@ class Vendor:
     calls_apart : bool
         A call that brings ranks together is made in a thread, which is left there if a rank is lost: the other threads go on
         at nearly full speed. Where they don't, ULFM ends most such calls, and a rank that stays in one has to end itself.
-    leaves_shared_memory : str
-        Pattern below ``/dev/shm`` of what a killed job leaves there.
+    leaves_shared_memory : tuple of str
+        Patterns below ``/dev/shm`` of what a killed job leaves there.
     facts : dict
         What it can do, for people.
     """
@@ -52,7 +52,7 @@ class Vendor:
     shrinks: bool
     joins: bool
     calls_apart: bool
-    leaves_shared_memory: str
+    leaves_shared_memory: tuple[str, ...]
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ VENDORS = (
         shrinks=False,
         joins=True,
         calls_apart=True,
-        leaves_shared_memory="mpich_*",
+        leaves_shared_memory=("mpich_*", "ucx_shm_*"),
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
@@ -97,7 +97,7 @@ VENDORS = (
         shrinks=True,
         joins=False,
         calls_apart=False,
-        leaves_shared_memory="sm_segment.*",
+        leaves_shared_memory=("sm_segment.*",),
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
@@ -154,13 +154,18 @@ def _maps(process: str) -> str:
 def own_shared_memory() -> list[Path]:
     """Return the segments of the MPIs that this process maps."""
     maps = _maps("self")
-    return [path for vendor in VENDORS for path in SHARED_MEMORY.glob(vendor.leaves_shared_memory) if str(path) in maps]
+    return [path for path in _segments() if str(path) in maps]
+
+
+def _segments() -> list[Path]:
+    patterns = [pattern for vendor in VENDORS for pattern in vendor.leaves_shared_memory]
+    return [path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)]
 
 
 def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
     """Return this user's segments, changed after the time `since`, that no live process maps."""
     found = []
-    for path in (path for vendor in VENDORS for path in SHARED_MEMORY.glob(vendor.leaves_shared_memory)):
+    for path in _segments():
         try:
             status = path.stat()
         except FileNotFoundError:

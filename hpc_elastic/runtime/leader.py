@@ -63,7 +63,7 @@ class Leader:
         self._invitations = Invitations(self)
         self._under_way: UnderWay | None = None
         self._committing: UnderWay | None = None
-        self._saved_step, self._saved_s = 0, session.clock()
+        self._saved_step, self._saved_s = -1, session.clock()
         self._next_status = 0.0
         self._leaving_since = session.clock()
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
@@ -126,6 +126,8 @@ class Leader:
         if saving is None:
             return False
         self.report_checkpoints()
+        if self._saved_step < 0:
+            self._saved_step = step
         due = self._inbox.wants_checkpoint or (0 < config.checkpoint_s <= now - self._saved_s)
         due = due or 0 < config.checkpoint_steps <= step - self._saved_step
         if not due or saving.busy:

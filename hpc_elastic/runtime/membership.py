@@ -11,6 +11,7 @@ import numpy as np
 from .. import faults
 from ..comm.door import Door
 from ..comm.messages import Report
+from ..comm.vendor import orphaned_shared_memory
 from ..comm.waiting import Lost, Watch
 from ..errors import JobError, LostRank, Retired
 from ..model import Member
@@ -358,6 +359,9 @@ class Membership:
             raise JobError(f"this rank left the loop at step {here.cursor.step}, and rank 0 did not: all have to")
         if self.leader is not None:
             self.leader.end(here, stopped=stopped)
+            if self.vigil.losses:
+                for segment in orphaned_shared_memory(self.session.started):
+                    segment.unlink(missing_ok=True)  # what those that were lost could not remove
         self.session.record(self.member, "ended")
 
     def bereft(self) -> bool:
