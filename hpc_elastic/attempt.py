@@ -1,0 +1,177 @@
+"""One attempt at a job: its launcher, the ranks' signs of life, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import leftovers
+from .errors import RunDirectoryError
+from .rundir import Failure, RunDirectory
+
+GRACE_S, SHORT_GRACE_S = 5.0, 1.0  # for the launcher to end its ranks; those of a job that is lost need none
+FAILED_S = 10.0  # how long ranks have to say why they were lost
+PIPES_S = (
+    0.5  # and the launcher, to pass on what they said; it would wait for any child of theirs that has its end of a pipe
+)
+SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
+LOOK_S = 1.0
+
+
+def beats(folder: Path) -> dict[str, int]:
+    """Return the signs of life in `folder`: when each was touched, by the clock of whoever did."""
+    found = {}
+    with contextlib.suppress(OSError):  # a file system that has a bad moment
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".beat"):
+                found[entry.name] = entry.stat().st_mtime_ns
+    return found
+
+
+class Pulse:
+    """Signs of life: files that each rank touches. What counts is that one changes, seen by this process's own clock.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files ``ID.beat`` are.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._seen: dict[str, int] = {}
+        self._alive = self._looked = clock()
+
+    def silence(self, stall_s: float, deadline_s: float) -> str:
+        """Look; return what is wrong if no rank has shown a sign of life for too long, else nothing."""
+        now = self._clock()
+        between, self._looked = now - self._looked, now
+        seen = beats(self._folder)
+        # Whoever was stopped for long itself, this process or the whole machine, can't blame the others.
+        if between > stall_s or any(seen[name] != self._seen.get(name) for name in seen):
+            self._alive = now
+        self._seen |= seen
+        limit_s = SILENCE * stall_s if self._seen else deadline_s
+        return f"no sign of life from any rank for {limit_s:g} s" if now - self._alive > limit_s else ""
+
+    def silent_s(self) -> float:
+        """Return for how long there has been no sign of life, as far as was looked."""
+        return self._clock() - self._alive
+
+
+class Attempt:
+    """A job under its launcher.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run.
+    command : list of str
+        What starts it.
+    environ : mapping
+        Its environment.
+    directory : str
+        Its working directory.
+
+    Attributes
+    ----------
+    process : subprocess.Popen
+        The launcher.
+    hangs : str
+        Why it was given up, if it showed no sign of life.
+    """
+
+    def __init__(self, run: RunDirectory, command: list[str], environ: Mapping[str, str], directory: str) -> None:
+        self._run = run
+        self._begun = time.time()
+        self._pulse = Pulse(run.path / "ranks")
+        self._next_look = self._failed_since = self._gone_since = 0.0
+        self.hangs = ""
+        self.process = subprocess.Popen(command, env=environ, cwd=directory, start_new_session=True)
+
+    def over(self, stall_s: float, deadline_s: float, *, well: bool) -> bool:
+        """Tell whether it is over, and record why if it hangs; `well` if the job itself has ended well.
+
+        Raises
+        ------
+        RunDirectoryError
+            If the run directory can't be read at the moment.
+        """
+        now = time.monotonic()
+        lost = self._failed_as() in ("lost", "interrupted")  # errors end by themselves
+        if self.process.poll() is not None:
+            if lost or not self._ranks_run(stall_s):
+                return True
+        elif lost and self._lingers(now, stall_s):
+            return True
+        if well or now < self._next_look:
+            return False
+        self._next_look = now + min(LOOK_S, stall_s / 4)
+        self.hangs = self._pulse.silence(stall_s, deadline_s)
+        if self.hangs:
+            lose(self._run, self.hangs)
+        return bool(self.hangs)
+
+    def _ranks_run(self, stall_s: float) -> bool:
+        """Tell whether ranks are there, as they can be without this launcher: some have one of their own."""
+        here = os.uname().nodename
+        records = self._run.records()
+        if any(record.member.host == here and leftovers.belongs(record.member.pid, self._run.path) for record in records):
+            return True
+        away = any(record.member.host != here and record.outcome in ("member", "parked") for record in records)
+        return away and self._pulse.silent_s() < stall_s
+
+    def _lingers(self, now: float, stall_s: float) -> bool:
+        """Tell whether the job was lost a while ago, and yet the launcher does not end."""
+        self._failed_since = self._failed_since or now
+        if self._ranks_run(stall_s):
+            return now - self._failed_since > FAILED_S
+        self._gone_since = self._gone_since or now
+        return now - self._gone_since > PIPES_S
+
+    def _failed_as(self) -> str:
+        """Return the kind of the job's failure, or nothing."""
+        failure = self._run.failure() if self._run.failed() else None
+        return failure.kind if failure is not None else ""
+
+    def _end(self, grace_s: float) -> None:
+        """End the launcher and whatever is left of its session's process group."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                return
+            deadline = time.monotonic() + grace_s
+            while self.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def clean(self, *, thoroughly: bool) -> list[int]:
+        """Remove what is left of it on this host, `thoroughly` every process of the run; return those that don't end."""
+        try:
+            kind = self._failed_as()
+        except RunDirectoryError:
+            kind = ""
+        self._end(SHORT_GRACE_S if kind == "lost" else GRACE_S)
+        if thoroughly:
+            return leftovers.remove(self._run.path, self._begun)
+        leftovers.remove_shared_memory(self._begun)
+        return []
+
+
+def lose(run: RunDirectory, why: str, kind: str = "lost") -> None:
+    """Record, in the supervisor's name, that the job has failed; a failure already recorded stays."""
+    failure = Failure(
+        error=why, traceback="", member=-1, rank=-1, host=os.uname().nodename, generation=-1, step=-1, kind=kind
+    )
+    try:
+        run.fail(failure)
+    except OSError:  # the run directory may be gone, or its disk full
+        return

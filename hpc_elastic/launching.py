@@ -1,0 +1,108 @@
+"""What a supervisor begins with: a run directory, new or of a run to be resumed, and how the job is started in it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import msgspec
+
+from . import leftovers
+from .attempt import beats
+from .comm.vendor import find_mpiexec
+from .config import Config, build, merge
+from .errors import ConfigError, LaunchError, RunDirectoryError
+from .events import EventLog
+from .rundir import Answer, Launch, RunDirectory
+
+LOOK_S = 3.0  # ranks show a sign of life each second
+
+
+class Prepared(NamedTuple):
+    """A run that can be started; `lock` is the supervisor's."""
+
+    run: RunDirectory
+    launch: Launch
+    lock: IO[bytes]
+
+
+def new(script: str, arguments: list[str], given: dict[str, Any], *, module: bool) -> Prepared:
+    """Make the run directory for a new run of `script`; see `Supervisor.start`."""
+    config = build(given)
+    if not module and not Path(script).is_file():
+        raise LaunchError(f"script {script} does not exist")
+    _, vendor = find_mpiexec()
+    launch = Launch(
+        script=script,
+        module=module,
+        arguments=arguments,
+        settings=_plain(config, given),
+        directory=str(Path.cwd()),
+        mpi=vendor.title,
+    )
+    if config.run_dir:
+        run = RunDirectory.create(Path(config.run_dir))
+    else:
+        run = RunDirectory.create_below(Path("runs"), script.rsplit(".", 1)[-1] if module else Path(script).stem)
+    return _written(Prepared(run, launch, run.lock()))
+
+
+def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
+    """Make `run` ready to be resumed, with `given` above its settings; see `Supervisor.resume`."""
+    launch = run.launch()
+    if launch is None:
+        raise RunDirectoryError(f"{run.path} has no launch.json: only what `hpc-elastic run` started can be resumed")
+    if "run_dir" in given:
+        raise ConfigError("run_dir: a run is resumed where it is")
+    settings = merge(launch.settings, given)
+    _, vendor = find_mpiexec()
+    launch = msgspec.structs.replace(launch, settings=_plain(build(settings), settings), mpi=vendor.title)
+    if not Path(launch.directory).is_dir():
+        raise LaunchError(f"the run's working directory {launch.directory} does not exist any more")
+    if not launch.module and not (Path(launch.directory) / launch.script).is_file():
+        raise LaunchError(f"script {launch.script} does not exist any more in {launch.directory}")
+    lock = run.lock()
+    try:
+        _take_over(run)
+        return _written(Prepared(run, launch, lock))
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _plain(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in msgspec.to_builtins(config).items() if key in given}
+
+
+def _written(prepared: Prepared) -> Prepared:
+    prepared.run.put(prepared.run.path / "config.json", prepared.launch.settings)
+    prepared.run.put_launch(prepared.launch)
+    return prepared
+
+
+def _take_over(run: RunDirectory) -> None:
+    """Put away what is left of a run without a supervisor."""
+    status = run.status()
+    if status is not None and status.state == "ended" and not run.failed():
+        raise RunDirectoryError(f"the job in {run.path} has ended well: there is nothing to resume")
+    away = sorted({record.member.host for record in run.records()} - {leftovers.HOST})
+    if away and _alive(run):
+        raise RunDirectoryError(f"ranks of {run.path} still run on {', '.join(away)}: end them there first")
+    left = leftovers.remove(run.path, since=(run.path / "launch.json").stat().st_mtime)
+    if left:
+        raise RunDirectoryError(f"processes {left} of {run.path} can't be ended: end them first")
+    run.retire_attempt()
+    EventLog(run.events).mend()
+    for name, _ in run.requests():
+        run.answer(name, Answer(accepted=False, text="the run ended before this was read, and is resumed"))
+    if status is not None:
+        run.put_status(
+            msgspec.structs.replace(status, state="starting", time=time.time(), ranks=0, members=(), under_way="")
+        )
+
+
+def _alive(run: RunDirectory) -> bool:
+    before = beats(run.path / "ranks")
+    time.sleep(LOOK_S)
+    return beats(run.path / "ranks") != before

@@ -1,0 +1,75 @@
+"""What a run leaves on this host when it fails: processes, known by their environment, and shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from .comm.vendor import orphaned_shared_memory
+from .config import RUN_VARIABLE
+
+PROC = Path("/proc")
+GONE_WITHIN_S = 5.0
+LOOK_S = 0.01
+HOST = os.uname().nodename
+
+
+def belongs(pid: int, run: Path) -> bool:
+    """Tell whether process `pid` of this host runs for `run`; one that has ended does not, be it a zombie."""
+    try:
+        environ = (PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return False
+    mark = f"{RUN_VARIABLE}=".encode()
+    for entry in environ.split(b"\0"):
+        if entry.startswith(mark):
+            value = os.fsdecode(entry.removeprefix(mark))
+            with contextlib.suppress(OSError):
+                return Path(value).samefile(run)  # a run can have several names
+            return value == str(run)
+    return False
+
+
+def processes(run: Path) -> list[int]:
+    """Return this user's processes that run for `run`, without this one and those above it."""
+    spared, user = _line(), os.geteuid()
+    found = []
+    for entry in os.scandir(PROC):
+        if entry.name.isdecimal() and int(entry.name) not in spared:
+            with contextlib.suppress(OSError):
+                if entry.stat().st_uid == user and belongs(int(entry.name), run):
+                    found.append(int(entry.name))
+    return found
+
+
+def _line() -> set[int]:
+    """Return the process ids of this process and of all above it."""
+    found, pid = set[int](), os.getpid()
+    while pid > 0 and pid not in found:
+        found.add(pid)
+        try:
+            pid = int((PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            break
+    return found
+
+
+def remove(run: Path, since: float) -> list[int]:
+    """Kill the processes of `run`, remove shared memory of after the time `since` that nobody maps; return those left."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while (left := processes(run)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(LOOK_S)
+    remove_shared_memory(since)
+    return left
+
+
+def remove_shared_memory(since: float) -> None:
+    """Remove shared memory of after the time `since` that nobody maps."""
+    for segment in orphaned_shared_memory(since):
+        segment.unlink(missing_ok=True)
