@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from ..errors import LostRank, MembershipError
 from ..model import Member
+from .user import Mark
 
 T = TypeVar("T")
 
@@ -63,16 +64,18 @@ class Watch:
     ----------
     check : callable
         Called every few milliseconds while waiting; raises when there is nothing left to wait for.
-    blocking : callable
-        Returns a context for a call of MPI's that can't be left; takes those who take part in the call.
+    blocking, users : callable
+        Return a context for a call of MPI's that can't be left, the runtime's own or the user's; take those who take part.
     """
 
     def __init__(
         self,
         check: Callable[[], None] = lambda: None,
-        blocking: Callable[[Iterable[Member]], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        blocking: Mark = contextlib.nullcontext,
+        users: Mark = contextlib.nullcontext,
     ) -> None:
         self.check = check
+        self.users = users
         self._blocking = blocking
 
     def apart(self, call: Callable[[], T]) -> T:

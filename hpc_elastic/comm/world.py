@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..model import Generation, Member, Move
 from .messages import BRIDGE_TAG, Party
+from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
 from .waiting import Lost, Watch, forsaken
 
@@ -94,6 +95,7 @@ class World:
         self.rank = comm.rank
         self.size = comm.size
         self._user: MPI.Intracomm | None = None
+        self._marked: UserComm | None = None
 
     @classmethod
     def of_seeds(cls, watch: Watch) -> World:
@@ -119,7 +121,9 @@ class World:
     def user(self) -> MPI.Intracomm:
         """The user's communicator."""
         assert self._user is not None
-        return self._user
+        if self._marked is None:
+            self._marked = UserComm.marked(self._user, self.watch.users, self.generation.members)
+        return self._marked
 
     @property
     def me(self) -> Member:
@@ -233,7 +237,7 @@ class World:
         """Free the user's communicator."""
         if self._user is not None:
             self._user.Free()
-            self._user = None
+            self._user = self._marked = None
 
     def close(self) -> None:
         """Free the communicators. Local in effect, and all members do it."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WORDS = {"stop": STOP, "checkpoint": CHECKPOINT, "end": END}
 MOST_LOSSES_AT_A_STEP = 3
+OVER = ("ended", "stopped")
 
 
 class Membership:
@@ -69,7 +70,7 @@ class Membership:
         self._verdict: Verdict | None = None
         self._moving: Transition | None = None
         self._steps_of_losses: list[int] = []
-        self.watch = Watch(vigil.check, vigil.blocking)
+        self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
         if door is not None:
             door.use(self.watch)
             vigil.watch(door.leader)
@@ -300,7 +301,7 @@ class Membership:
         time.sleep(0.05)
         self.session.check()
         status = self.session.run.status()
-        if status is not None and status.state in ("ended", "stopped"):
+        if status is not None and status.state in OVER:
             raise Retired("the job ended while this rank was parked")
 
     def join(self, here: Here) -> tuple[str, Plan | None]:
@@ -357,7 +358,9 @@ class Membership:
         self.joined()
         if self.pass_point(here, "end") != END:
             raise JobError(f"this rank left the loop at step {here.cursor.step}, and rank 0 did not: all have to")
-        if self.leader is not None:
+        status = self.session.run.status()
+        over = status is not None and status.state in OVER  # if a leader was lost just after it had said so
+        if self.leader is not None and not over:
             self.leader.end(here, stopped=stopped)
             if self.vigil.losses:
                 for segment in orphaned_shared_memory(self.session.started):

@@ -86,7 +86,9 @@ class Meeting:
         """Return the verdict if this process is the one to judge and all accounts are there."""
         accounts = [account for path in self._accounts() if (account := self._run.get(path, Account)) is not None]
         people = {member.id: member for account in accounts for member in (*account.members, *account.joining)}
+        known = {account.member.id for account in accounts}
         gone = self._vigil.gone(people.values())
+        gone |= {number for number in people.keys() - known - gone if self._vigil.left(number)}
         if own.member.id != min(account.member.id for account in accounts if account.member.id not in gone):
             return None
         if awaited(accounts, gone):

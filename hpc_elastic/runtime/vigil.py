@@ -44,7 +44,8 @@ class Vigil:
         self._session = session
         self._liveness = Liveness(session.run, session.config.stall_s)
         self._lock = threading.Lock()  # the thread looks as well
-        self._blocked: tuple[tuple[Member, ...], float] | None = None
+        self._blocked: tuple[tuple[Member, ...], float, float] | None = None
+        self._lost_since: tuple[int, float] | None = None
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
@@ -76,11 +77,22 @@ class Vigil:
     @contextlib.contextmanager
     def blocking(self, members: Iterable[Member]) -> Iterator[None]:
         """Mark a call of MPI's that can't be left: if one of `members` goes, this process goes as well, soon after."""
-        self._blocked = tuple(members), time.monotonic()
+        with self._marked(tuple(members), LONGEST_CALL_S):
+            yield
+
+    @contextlib.contextmanager
+    def users(self, members: Iterable[Member]) -> Iterator[None]:
+        """Mark a call of the user's own, which may last as long as it likes."""
+        with self._marked(tuple(members), float("inf")):
+            yield
+
+    @contextlib.contextmanager
+    def _marked(self, members: tuple[Member, ...], limit_s: float) -> Iterator[None]:
+        outer, self._blocked = self._blocked, (members, time.monotonic(), limit_s)
         try:
             yield
         finally:
-            self._blocked = None
+            self._blocked = outer
 
     def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         """Give signs of life from now on. `failed` is called once the job has failed, `ends` with why this rank must end."""
@@ -102,15 +114,29 @@ class Vigil:
         """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""
         blocked = self._blocked
         if blocked is None:
-            return ""
-        members, since = blocked
+            return self._bereft()
+        members, since, limit_s = blocked
         waited = time.monotonic() - since
         gone = sorted(number for number in self.gone(members) if not self.left(number))
         if gone and waited > NOTICE_S:
             return f"process {gone[0]} was lost inside a call of MPI's that the others can't leave"
-        if waited > LONGEST_CALL_S:
+        if waited > limit_s:
             return f"a call of MPI's that brings ranks together did not end within {waited:.0f} s"
         return ""
+
+    def _bereft(self) -> str:
+        """Return why this process can't go on: it did not come back to the runtime for long after a member was lost."""
+        with self._lock:
+            lost = self._liveness.lost()
+        if not lost or self.losses == NO_MEETINGS:
+            self._lost_since = None
+            return ""
+        if self._lost_since is None or self._lost_since[0] != self.losses:
+            self._lost_since = self.losses, time.monotonic()
+        waited = time.monotonic() - self._lost_since[1]
+        if waited <= self._session.config.deadline_s:
+            return ""
+        return f"process {min(lost)} was lost, and this rank was in its own code for {waited:.0f} s since then"
 
     def close(self) -> None:
         """Stop looking."""
