@@ -31,9 +31,10 @@ from .messages import (
     port_file,
     report_file,
 )
-from .waiting import Watch, take, take_any
+from .waiting import Watch, limited, take, take_any
 from .world import together
 
+LONGEST_INIT_S = 20
 LARGEST = 1 << 18  # bytes of a handover at most
 
 
@@ -48,7 +49,8 @@ def accept_handover(door: int) -> None:
             os.environ[name] = value
         for _, _, descriptors in ancillary:
             os.environ["PMI_FD"] = str(int.from_bytes(descriptors[:4], sys.byteorder))
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with limited(LONGEST_INIT_S):
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
         guard.send(b"i")  # from now on nobody has to stand in for this process if it dies
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +56,21 @@ def forsake(thread: threading.Thread) -> None:
 def forsaken() -> bool:
     """Tell whether a thread of this process is left inside a call of MPI's: ``MPI_Finalize`` would crash or hang then."""
     return any(thread.is_alive() for thread in _forsaken)
+
+
+@contextlib.contextmanager
+def limited(limit_s: int) -> Iterator[None]:
+    """Have the kernel end this process if a ``with`` block takes longer than `limit_s` seconds.
+
+    For calls of MPI's that hold the interpreter's lock, in which no Python code can do that.
+    """
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Watch:

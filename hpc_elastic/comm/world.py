@@ -17,11 +17,12 @@ from ..model import Generation, Member, Move
 from .messages import BRIDGE_TAG, Party
 from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import Lost, Watch, forsaken
+from .waiting import Lost, Watch, forsaken, limited
 
 T = TypeVar("T")
 Array = NDArray[np.generic]
 MOVE_TAG = 20
+LONGEST_FINALIZE_S = 30
 
 
 def vendor() -> Vendor:
@@ -70,7 +71,8 @@ def finalize() -> None:
         os._exit(0)
     if MPI.Is_initialized() and not MPI.Is_finalized():
         segments = own_shared_memory()
-        MPI.Finalize()
+        with limited(LONGEST_FINALIZE_S):
+            MPI.Finalize()
         for path in unmapped([path for path in segments if path.exists()]):
             path.unlink(missing_ok=True)
 
