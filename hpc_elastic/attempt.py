@@ -16,9 +16,7 @@ from .rundir import Failure, RunDirectory
 
 GRACE_S, SHORT_GRACE_S = 5.0, 1.0  # for the launcher to end its ranks; those of a job that is lost need none
 FAILED_S = 10.0  # how long ranks have to say why they were lost
-PIPES_S = (
-    0.5  # and the launcher, to pass on what they said; it would wait for any child of theirs that has its end of a pipe
-)
+PIPES_S = 0.5  # and the launcher, to pass that on: it would wait for any child of theirs that has the end of a pipe
 SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
 LOOK_S = 1.0
 
@@ -122,11 +120,13 @@ class Attempt:
 
     def _ranks_run(self, stall_s: float) -> bool:
         """Tell whether ranks are there, as they can be without this launcher: some have one of their own."""
-        here = os.uname().nodename
         records = self._run.records()
-        if any(record.member.host == here and leftovers.belongs(record.member.pid, self._run.path) for record in records):
+        if any(
+            record.member.host == leftovers.HOST and leftovers.belongs(record.member.pid, self._run.path)
+            for record in records
+        ):
             return True
-        away = any(record.member.host != here and record.outcome in ("member", "parked") for record in records)
+        away = any(record.member.host != leftovers.HOST and record.outcome in ("member", "parked") for record in records)
         return away and self._pulse.silent_s() < stall_s
 
     def _lingers(self, now: float, stall_s: float) -> bool:
@@ -149,17 +149,30 @@ class Attempt:
                 os.killpg(self.process.pid, number)
             except ProcessLookupError:
                 return
-            deadline = time.monotonic() + grace_s
-            while self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            self._await(grace_s)
+
+    def _await(self, seconds: float) -> None:
+        """Wait for the launcher's end."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _kill_ranks(self) -> None:
+        """Kill the ranks of this host: one that wakes up now must not go on. Their guards tell the launcher, which ends."""
+        for record in self._run.records():
+            if record.member.host == leftovers.HOST and leftovers.belongs(record.member.pid, self._run.path):
+                with contextlib.suppress(OSError):
+                    os.kill(record.member.pid, signal.SIGKILL)
+        self._await(PIPES_S)
 
     def clean(self, *, thoroughly: bool) -> list[int]:
         """Remove what is left of it on this host, `thoroughly` every process of the run; return those that don't end."""
-        try:
-            kind = self._failed_as()
-        except RunDirectoryError:
-            kind = ""
-        self._end(SHORT_GRACE_S if kind == "lost" else GRACE_S)
+        grace_s = GRACE_S
+        with contextlib.suppress(RunDirectoryError):
+            if self._failed_as() == "lost":
+                self._kill_ranks()
+                grace_s = SHORT_GRACE_S
+        self._end(grace_s)
         if thoroughly:
             return leftovers.remove(self._run.path, self._begun)
         leftovers.remove_shared_memory(self._begun)
@@ -168,9 +181,7 @@ class Attempt:
 
 def lose(run: RunDirectory, why: str, kind: str = "lost") -> None:
     """Record, in the supervisor's name, that the job has failed; a failure already recorded stays."""
-    failure = Failure(
-        error=why, traceback="", member=-1, rank=-1, host=os.uname().nodename, generation=-1, step=-1, kind=kind
-    )
+    failure = Failure(error=why, traceback="", member=-1, rank=-1, host=leftovers.HOST, generation=-1, step=-1, kind=kind)
     try:
         run.fail(failure)
     except OSError:  # the run directory may be gone, or its disk full

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from . import __version__, events
+from . import __version__
 from .config import from_environment, from_file, merge
-from .errors import ConfigError, ElasticError, LaunchError, RunDirectoryError, ShardError
+from .control import (
+    CODES,
+    EXIT_DATA,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    ask,
+    checkpointed,
+    ended,
+    errors,
+    fail,
+    past,
+    remarks,
+    resized,
+    silence,
+    status_of,
+)
+from .errors import ConfigError, RunDirectoryError
 from .model import Request
-from .rundir import RunDirectory, Status
-
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_RUN, EXIT_REFUSED, EXIT_NO_ANSWER, EXIT_DATA = 1, 2, 4, 5, 6, 7
-CODES = {ConfigError: EXIT_USAGE, LaunchError: EXIT_USAGE, RunDirectoryError: EXIT_NO_RUN, ShardError: EXIT_DATA}
-LIVE = ("starting", "running")
-STALE_S = 30.0
-LOOK_S = 0.05
+from .rundir import RunDirectory
 
 app = typer.Typer(
     help="Elastic MPI jobs: ranks come and go while the job runs, and the bits stay the same.",
@@ -45,24 +53,11 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as `hpc
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for the answer, and for the end.")]
 
-
-@contextmanager
-def _errors(codes: dict[type[ElasticError], int] = CODES) -> Iterator[None]:
-    """Turn the project's errors into a message and an exit code."""
-    try:
-        yield
-    except ElasticError as error:
-        code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_FAILED)
-        _fail(str(error), code)
-    except PermissionError as error:
-        _fail(f"{error.filename} may not be read by this user: {error.strerror}", EXIT_NO_RUN)
-    except BrokenPipeError:  # whoever reads has had enough
-        os._exit(0)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"hpc-elastic: {message}", err=True)
-    raise typer.Exit(code) from None
+Minimum = Annotated[int | None, typer.Option("--min", help="Fewest ranks.")]
+Maximum = Annotated[int | None, typer.Option("--max", help="Most ranks; by default as many as slots.")]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", help="Ranks to have from the start on.")]
+Slots = Annotated[int | None, typer.Option(help="Slots of this machine; by default its cores.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")]
 
 
 def _version(wanted: bool) -> None:
@@ -83,10 +78,10 @@ def run(
     script: Annotated[str, typer.Argument(metavar="SCRIPT", help="Script that calls he.run, or with -m a module.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENT", help="The script's own arguments.")] = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as in `python -m`.")] = False,
-    minimum: Annotated[int | None, typer.Option("--min", help="Fewest ranks.")] = None,
-    maximum: Annotated[int | None, typer.Option("--max", help="Most ranks; by default as many as slots.")] = None,
-    ranks: Annotated[int | None, typer.Option("-n", "--ranks", help="Ranks to have from the start on.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Slots of this machine; by default its cores.")] = None,
+    minimum: Minimum = None,
+    maximum: Maximum = None,
+    ranks: Ranks = None,
+    slots: Slots = None,
     policy: Annotated[str | None, typer.Option(help="manual, fixed or timetable.")] = None,
     timetable: Annotated[str | None, typer.Option(help="Sizes by step, see the last example.")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches a step: fixes the bits.")] = None,
@@ -95,7 +90,7 @@ def run(
     run_dir: Annotated[str | None, typer.Option(help="Run directory; by default a new one below runs/.")] = None,
     progress: Annotated[str | None, typer.Option(help="auto, plain or off.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")] = None,
+    setting: Settings = None,
 ) -> None:
     """Run SCRIPT as an elastic job. Options of hpc-elastic stand before SCRIPT, the script's own behind it.
 
@@ -106,12 +101,10 @@ def run(
       hpc-elastic run --config job.toml --set deadline_s=60 train.py
       hpc-elastic run --timetable 40:3,120:2-0 train.py    # 3 ranks from step 40 on, then 2, rank 0 leaving
     """
-    from .broker.script import ScriptBroker
-    from .policy import Timetable
     from .supervisor import Supervisor
 
     # A run directory that can't be used is a wrong setting here.
-    with _errors({**CODES, RunDirectoryError: EXIT_USAGE}):
+    with errors({**CODES, RunDirectoryError: EXIT_USAGE}):
         given: dict[str, Any] = {
             "min": minimum,
             "max": maximum,
@@ -127,13 +120,54 @@ def run(
             **dict(_pair(item) for item in setting or []),
         }
         given = merge(from_file(config) if config else {}, from_environment(os.environ), given)
-        if given.get("timetable"):
-            Timetable.parse(str(given["timetable"]))
-        if given.get("supply"):
-            ScriptBroker.parse(str(given["supply"]))
-        supervisor = Supervisor(script, arguments or [], given, module=module)
+        _check_timetables(given)
+        supervisor = Supervisor.start(script, arguments or [], given, module=module)
         typer.echo(f"run directory {supervisor.run.path}", err=True)
         raise typer.Exit(supervisor.go())
+
+
+@app.command()
+def resume(
+    run: Run,
+    minimum: Minimum = None,
+    maximum: Maximum = None,
+    ranks: Ranks = None,
+    slots: Slots = None,
+    setting: Settings = None,
+) -> None:
+    """Start a run again that failed, was stopped or was killed, from its last checkpoint.
+
+    Its script, arguments, working directory and settings are those of then; options win over the settings. The environment's
+    settings don't count. What is left of the run on this machine is ended first.
+
+    \b
+    Examples:
+      hpc-elastic resume runs/train-20300101-120000
+      hpc-elastic resume runs/train-20300101-120000 --ranks 8 --slots 8 --set deadline_s=60
+    """
+    from .supervisor import Supervisor
+
+    with errors():
+        directory = RunDirectory(run)
+    with errors({**CODES, RunDirectoryError: EXIT_REFUSED}):
+        given = merge(
+            {"min": minimum, "max": maximum, "ranks": ranks, "slots": slots},
+            dict(_pair(item) for item in setting or []),
+        )
+        _check_timetables(given)
+        supervisor = Supervisor.resume(directory, given)
+        typer.echo(f"run directory {directory.path}, {supervisor.origin()}", err=True)
+        raise typer.Exit(supervisor.go())
+
+
+def _check_timetables(given: dict[str, Any]) -> None:
+    from .broker.script import ScriptBroker
+    from .policy import Timetable
+
+    if given.get("timetable"):
+        Timetable.parse(str(given["timetable"]))
+    if given.get("supply"):
+        ScriptBroker.parse(str(given["supply"]))
 
 
 def _pair(item: str) -> tuple[str, str]:
@@ -153,31 +187,17 @@ def status(run: Run, as_json: Json = False) -> None:
     """
     from .progress import describe
 
-    with _errors():
+    with errors():
         directory = RunDirectory(run)
-        found, failure = _status(directory), directory.failure()
+        found, failure, before = status_of(directory), directory.failure(), past(directory)
         if as_json:
-            typer.echo(msgspec.json.encode(found).decode())
+            typer.echo(msgspec.json.encode({**msgspec.structs.asdict(found), **before}).decode())
             return
-        typer.echo(f"{found.state}: {describe(found)}{_silence(found)}")
+        typer.echo(f"{found.state}: {describe(found)}{silence(found)}")
         for rank, member in enumerate(found.members):
             typer.echo(f"  rank {rank}: process {member.id}, pid {member.pid} on {member.host}, slot {member.slot}")
-        if failure is not None:
-            typer.echo(f"  {failure.error}")
-
-
-def _status(run: RunDirectory) -> Status:
-    """Return the status of `run`. A job killed from outside could not say so itself, but its guard has."""
-    found, failure = run.status(), run.failure()
-    if found is None:
-        why = failure.error if failure else "the job has not reached its first step"
-        raise RunDirectoryError(f"{run.path} has no status yet: {why}")
-    return msgspec.structs.replace(found, state="failed") if failure else found
-
-
-def _silence(status: Status) -> str:
-    age = time.time() - status.time
-    return f"; the last sign of life is {age:.0f} s old" if status.state in LIVE and age > STALE_S else ""
+        for line in [*remarks(before), *([failure.error] if failure else [])]:
+            typer.echo(f"  {line}")
 
 
 @app.command()
@@ -195,7 +215,9 @@ def resize(
       hpc-elastic resize runs/train-20300101-120000 4
       hpc-elastic resize runs/train-20300101-120000 2 --wait --timeout 120
     """
-    _ask(run, Request("resize", ranks), timeout_s, as_json, (lambda now: now.ranks == ranks) if wait else None)
+    done = (lambda directory: resized(directory, ranks)) if wait else None
+    with errors():
+        ask(run, Request("resize", ranks), timeout_s, as_json=as_json, what="resize", wait=done)
 
 
 @app.command()
@@ -211,42 +233,51 @@ def stop(
     Example:
       hpc-elastic stop runs/train-20300101-120000 --wait
     """
-    _ask(run, Request("stop"), timeout_s, as_json, (lambda now: now.state not in LIVE) if wait else None)
+    with errors():
+        ask(run, Request("stop"), timeout_s, as_json=as_json, what="stop", wait=ended if wait else None)
 
 
-def _ask(path: Path, request: Request, timeout_s: float, as_json: bool, done: Callable[[Status], bool] | None) -> None:
-    with _errors():
-        run = RunDirectory(path)
-        found = _status(run)
-        if found.state not in LIVE:
-            raise RunDirectoryError(f"the job in {path} is not running: it has {found.state}")
-        refused = len(_refusals(run, request))
-        name = run.ask(request)
-        deadline = time.monotonic() + timeout_s
-        while (answer := run.answer_to(name)) is None:
-            if time.monotonic() >= deadline:
-                why = _silence(found).lstrip("; ") or "the job may be in a long step"
-                _fail(f"no answer within {timeout_s:g} s: {why}; the request stands", EXIT_NO_ANSWER)
-            time.sleep(LOOK_S)
+@app.command()
+def checkpoint(
+    run: Run,
+    timeout_s: Timeout = 30.0,
+    wait: Annotated[bool, typer.Option("--wait", help="Return once it is written.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a running job for a checkpoint at its next step.
+
+    \b
+    Example:
+      hpc-elastic checkpoint runs/train-20300101-120000 --wait --timeout 300
+    """
+    with errors():
+        ask(run, Request("checkpoint"), timeout_s, as_json=as_json, what="checkpoint", wait=checkpointed if wait else None)
+
+
+@app.command()
+def verify(
+    where: Annotated[Path, typer.Argument(metavar="WHERE", help="Run directory, or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Read the checkpoints of a run, or one, and compare them with their checksums. Ends with 7 if one is bad or none there.
+
+    \b
+    Examples:
+      hpc-elastic verify runs/train-20300101-120000
+      hpc-elastic verify runs/train-20300101-120000/checkpoints/00-000001200 --json
+    """
+    from .verify import examine, table
+
+    with errors():
+        found = examine(where)
         if as_json:
-            typer.echo(msgspec.json.encode(answer).decode())
+            typer.echo(json.dumps(found))
         else:
-            typer.echo(f"{'accepted' if answer.accepted else 'refused'}: {answer.text}", err=not answer.accepted)
-        if not answer.accepted:
-            raise typer.Exit(EXIT_REFUSED)
-        while done is not None and not done(now := _status(run)):
-            if now.state not in LIVE:
-                raise RunDirectoryError(f"the job in {path} has {now.state} before the resize was done")
-            if len(refusals := _refusals(run, request)) > refused:
-                _fail(f"the resize was given up: {refusals[-1]}", EXIT_REFUSED)
-            if time.monotonic() >= deadline:
-                _fail(f"not done within {timeout_s:g} s, but still under way", EXIT_NO_ANSWER)
-            time.sleep(LOOK_S)
-
-
-def _refusals(run: RunDirectory, request: Request) -> list[str]:
-    found = (event for event in events.read(run.events) if isinstance(event, events.Refused))
-    return [event.reason for event in found if event.ranks == request.ranks]
+            table(found)
+        if not found:
+            fail(f"{where} has no checkpoints", EXIT_DATA)
+        if any(row["problems"] for row in found):
+            raise typer.Exit(EXIT_DATA)
 
 
 @app.command()
@@ -259,7 +290,7 @@ def doctor(as_json: Json = False) -> None:
     """
     from .doctor import examine, table
 
-    with _errors():
+    with errors():
         checks = examine()
         if as_json:
             typer.echo(msgspec.json.encode(checks).decode())
@@ -291,7 +322,7 @@ def pack(
     from .pack import pack as make
     from .progress import counting
 
-    with _errors():
+    with errors():
         scaled = _size(size)
         with counting("packing") as show:
             made = make(
@@ -324,7 +355,7 @@ def inspect(
     """
     from .inspect import describe, table
 
-    with _errors():
+    with errors():
         found = describe(where)
         if as_json:
             typer.echo(json.dumps(found))
@@ -334,15 +365,16 @@ def inspect(
 
 @app.command()
 def report(run: Run, as_json: Json = False) -> None:
-    """Print what happened in a run: generations, ranks, what each resize cost, pace, newcomers, refusals.
+    """Print what happened in a run: generations, what each resize cost, pace, newcomers, losses, restarts, checkpoints.
 
     \b
     Example:
       hpc-elastic report runs/train-20300101-120000
     """
-    from .report import summarize, table
+    from .report import table
+    from .summary import summarize
 
-    with _errors():
+    with errors():
         summary = summarize(RunDirectory(run))
         if as_json:
             typer.echo(json.dumps(summary))

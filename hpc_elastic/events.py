@@ -1,7 +1,11 @@
-"""What happened in a run, one JSON object a line in ``events.jsonl``; written by the leader alone."""
+"""What happened in a run, one JSON object a line in ``events.jsonl``.
+
+Written by the leader alone, and between two attempts, when there is none, by the supervisor.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping  # msgspec needs it
@@ -23,7 +27,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=st
 
 
 class Started(Event, frozen=True, kw_only=True):
-    """The run began with these ranks."""
+    """The run began with these ranks, or an attempt at it did: a run that was started again has several."""
 
     script: str
     mpi: str
@@ -85,6 +89,59 @@ class Resized(Event, frozen=True, kw_only=True):
     moved_bytes: int = 0
 
 
+class Lost(Event, frozen=True, kw_only=True):
+    """Ranks were lost, and the others go on without them.
+
+    ``generation`` is that of the survivors, ``step`` where it begins, ``lost_steps`` how many steps are done once more.
+    ``members`` are the ids of those lost, and ``how`` says what became of them. ``seconds`` holds what recovery took by
+    stage, and ``recovery_s`` the sum.
+    """
+
+    step: int
+    generation: int
+    members: tuple[int, ...]
+    how: str
+    before: int
+    after: int
+    lost_steps: int
+    seconds: dict[str, float]
+    recovery_s: float
+
+
+class Checkpointed(Event, frozen=True, kw_only=True):
+    """A checkpoint was written, or with an ``error`` could not be.
+
+    ``step`` is the number of steps of loop ``loop`` done in it; loops count from 1. Of the ``seconds``, ranks stood still
+    for ``standstill_s``.
+    """
+
+    loop: int
+    step: int
+    path: str
+    seconds: float
+    bytes: int
+    standstill_s: float
+    error: str = ""
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    """An attempt goes on where the checkpoint ``path`` was taken."""
+
+    loop: int
+    step: int
+    path: str
+    ranks: int
+
+
+class Restarted(Event, frozen=True, kw_only=True):
+    """The supervisor starts the job again: as attempt number ``attempt``, after a failure at ``step``, -1 if it did none."""
+
+    attempt: int
+    step: int
+    reason: str
+    wait_s: float
+
+
 class Epoch(Event, frozen=True, kw_only=True):
     """An epoch ended."""
 
@@ -118,7 +175,21 @@ class Ended(Event, frozen=True, kw_only=True):
     stopped: bool = False
 
 
-AnyEvent = Started | Decided | Refused | Notice | Ready | Resized | Epoch | Failed | Ended
+AnyEvent = (
+    Started
+    | Decided
+    | Refused
+    | Notice
+    | Ready
+    | Resized
+    | Lost
+    | Checkpointed
+    | Resumed
+    | Restarted
+    | Epoch
+    | Failed
+    | Ended
+)
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(AnyEvent)
@@ -137,6 +208,13 @@ class EventLog:
             os.write(descriptor, _encoder.encode(event) + b"\n")
         finally:
             os.close(descriptor)
+
+    def mend(self) -> None:
+        """Cut off half a line at the end, which the next event would continue: the disk was full or its writer killed."""
+        with contextlib.suppress(FileNotFoundError):
+            whole = self._path.read_bytes().rfind(b"\n") + 1
+            if whole < self._path.stat().st_size:
+                os.truncate(self._path, whole)
 
 
 def read(path: Path) -> list[AnyEvent]:

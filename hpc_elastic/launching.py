@@ -10,7 +10,7 @@ import msgspec
 
 from . import leftovers
 from .attempt import beats
-from .comm.vendor import find_mpiexec
+from .comm.vendor import Vendor, find_mpiexec
 from .config import Config, build, merge
 from .errors import ConfigError, LaunchError, RunDirectoryError
 from .events import EventLog
@@ -20,11 +20,13 @@ LOOK_S = 3.0  # ranks show a sign of life each second
 
 
 class Prepared(NamedTuple):
-    """A run that can be started; `lock` is the supervisor's."""
+    """A run that can be started, and with what; `lock` is the supervisor's."""
 
     run: RunDirectory
     launch: Launch
     lock: IO[bytes]
+    mpiexec: Path
+    vendor: Vendor
 
 
 def new(script: str, arguments: list[str], given: dict[str, Any], *, module: bool) -> Prepared:
@@ -32,7 +34,7 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
     config = build(given)
     if not module and not Path(script).is_file():
         raise LaunchError(f"script {script} does not exist")
-    _, vendor = find_mpiexec()
+    mpiexec, vendor = find_mpiexec()
     launch = Launch(
         script=script,
         module=module,
@@ -45,7 +47,7 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
         run = RunDirectory.create(Path(config.run_dir))
     else:
         run = RunDirectory.create_below(Path("runs"), script.rsplit(".", 1)[-1] if module else Path(script).stem)
-    return _written(Prepared(run, launch, run.lock()))
+    return _written(Prepared(run, launch, run.lock(), mpiexec, vendor))
 
 
 def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
@@ -56,7 +58,7 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     if "run_dir" in given:
         raise ConfigError("run_dir: a run is resumed where it is")
     settings = merge(launch.settings, given)
-    _, vendor = find_mpiexec()
+    mpiexec, vendor = find_mpiexec()
     launch = msgspec.structs.replace(launch, settings=_plain(build(settings), settings), mpi=vendor.title)
     if not Path(launch.directory).is_dir():
         raise LaunchError(f"the run's working directory {launch.directory} does not exist any more")
@@ -65,7 +67,7 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     lock = run.lock()
     try:
         _take_over(run)
-        return _written(Prepared(run, launch, lock))
+        return _written(Prepared(run, launch, lock, mpiexec, vendor))
     except BaseException:
         lock.close()
         raise

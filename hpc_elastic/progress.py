@@ -96,6 +96,13 @@ class Progress:
             text=", ".join(others),
         )
 
+    def tell(self, text: str) -> None:
+        """Write `text`, which is no progress and is shown in every mode, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            _write(text)
+
     def close(self) -> None:
         """Leave the last state standing."""
         if self._bar is not None:

@@ -5,7 +5,9 @@ RUN/                 mode 0700
     events.jsonl     what happened (`hpc_elastic.events`)
     status.json      how it stands, rewritten by the leader
     failure.json     why it failed; the first rank that writes it wins
-    launch.json      how it was started, for restarts and `hpc-elastic resume`
+    launch.json      how it was started, for `hpc-elastic resume`
+    supervisor.lock  locked (flock) for as long as there is a supervisor
+    attempts/N/      what earlier attempts left: their ranks/, newcomers/, condemned/, losses/, office.json, failure.json
     office.json      what the leader knows and its successor must, when the leader is lost
     ranks/ID.json    one record a process, written by itself
     ranks/ID.end.json  how its process ended, written by its guard
@@ -22,20 +24,23 @@ RUN/                 mode 0700
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import time
 from collections.abc import Mapping  # msgspec needs it
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 
+from .config import Config
 from .errors import RunDirectoryError
 from .model import Member, Request, numbers
 
 T = TypeVar("T")
-PARTS = ("inbox", "answers", "newcomers", "ranks", "condemned", "losses")
+ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
+PARTS = ("inbox", "answers", *ATTEMPT)
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +125,25 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run was started: ``script`` is a file, or the name of a module, in ``directory``; ``mpi`` is the MPI's title.
+
+    ``settings`` are those given outside the script, however they were given.
+    """
+
+    script: str
+    module: bool
+    arguments: list[str]
+    settings: dict[str, Any]
+    directory: str
+    mpi: str
+
+
+def checkpoint_folder(config: Config, run_path: Path) -> Path:
+    """Return the folder for the checkpoints of the run in `run_path`."""
+    return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"
+
+
 class RunDirectory:
     """An existing run directory.
 
@@ -197,7 +221,10 @@ class RunDirectory:
 
     def remove_unused(self) -> None:
         """Remove a run directory in which nothing ran, as far as others have put nothing there."""
-        (self.path / "config.json").unlink(missing_ok=True)
+        for name in ("config.json", "launch.json", "supervisor.lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / "ranks").glob("*.end.json"):
+            path.unlink()
         with contextlib.suppress(OSError):
             for name in PARTS:
                 (self.path / name).rmdir()
@@ -233,9 +260,63 @@ class RunDirectory:
         """Return the file that process `member` touches as a sign of life."""
         return self.path / "ranks" / f"{member}.beat"
 
+    def ends(self) -> list[End]:
+        """Return how processes ended, the first to end first, as far as their guards have said so."""
+        files = [path for path in (self.path / "ranks").glob("*.end.json") if not path.name.startswith(".")]
+        return sorted((end for path in files if (end := self.get(path, End))), key=lambda end: end.time)
+
     def condemn(self, member: int) -> None:
         """Have process `member` killed by its guard."""
         (self.path / "condemned" / str(member)).touch(mode=0o600)
+
+    # --- supervisor and attempts -----------------------------------------------------------------------------------
+
+    def put_launch(self, launch: Launch) -> None:
+        """Write down how the run is started."""
+        self.put(self.path / "launch.json", launch)
+
+    def launch(self) -> Launch | None:
+        """Return how the run was started, or None if no supervisor did that."""
+        return self.get(self.path / "launch.json", Launch)
+
+    def lock(self) -> IO[bytes]:
+        """Say that a supervisor is there, until the file is closed: by the kernel, should the supervisor be killed."""
+        file = os.fdopen(os.open(self.path / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunDirectoryError(f"{self.path} is in use: its supervisor is at work") from None
+        except OSError:  # a file system without locks: nobody can know, then
+            pass
+        return file
+
+    def attempts(self) -> list[Path]:
+        """Return the folders of the attempts that were put away, oldest first."""
+        found = [path for path in (self.path / "attempts").glob("*") if path.name.isdecimal()]
+        return sorted(found, key=lambda path: int(path.name))
+
+    def attempt(self) -> int:
+        """Return the number of the attempt at hand, from 1."""
+        past = self.attempts()
+        return int(past[-1].name) + 1 if past else 1
+
+    def retire_attempt(self) -> int:
+        """Put away what an attempt left, so that the next one begins clean, and return its number."""
+        number = self.attempt()
+        folder = self.path / "attempts" / str(number)
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700)
+        for name in ATTEMPT:
+            fresh = self.path / f".{name}"
+            fresh.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).rename(folder / name)
+            fresh.rename(self.path / name)
+        for path in (self.path / "office.json", self._failure):  # the failure last: until then it looks like one that failed
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(folder / path.name)
+        return number
 
     # --- failure ---------------------------------------------------------------------------------------------------
 

@@ -1,149 +1,299 @@
-"""The supervisor: makes the run directory, starts the seed rank under its guard, and ends as the job ends."""
+"""The supervisor: starts a job under its launcher, starts it again where it was lost, and ends as the job ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
+import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from .comm.vendor import find_mpiexec, orphaned_shared_memory, prepare
+from . import events, launching
+from .attempt import Attempt, lose
+from .checkpoint import Checkpoint, Store
+from .comm.vendor import prepare
 from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, build
-from .errors import LaunchError, RunDirectoryError
+from .errors import CheckpointError, LaunchError, RunDirectoryError
+from .interrupts import Interrupts
+from .leftovers import HOST
+from .model import Request
 from .progress import Progress
-from .rundir import Failure, RunDirectory, Status
+from .restarts import Setback, account, wait_s, why_not
+from .rundir import End, Failure, RunDirectory, Status, checkpoint_folder
 
 GUARD = Path(__file__).parent / "guard.py"
 LOOK_S = 0.1
-GRACE_S = 5.0
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PROCESSES, LINES = 4, 12  # whose last words are shown, and how many of them
+WELL = ("ended", "stopped")
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NEVER_RAN, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class Supervisor:
-    """One run of a script.
+    """One run of a script, made by `start` or by `resume`.
 
     Parameters
     ----------
-    script : str
-        Script file, or with `module` the name of a module.
-    arguments : list of str
-        Its arguments.
-    given : dict
-        The job's settings as given outside the script, which win over the script's own.
+    prepared : Prepared
+        The run directory, its lock, and how the job is started.
+    new : bool
+        True if nothing has run in it yet.
     """
 
-    def __init__(self, script: str, arguments: list[str], given: dict[str, Any], *, module: bool = False) -> None:
-        config = build(given)
-        if not module and not Path(script).is_file():
-            raise LaunchError(f"script {script} does not exist")
-        self.mpiexec, self.vendor = find_mpiexec()
-        stem = script.rsplit(".", 1)[-1] if module else Path(script).stem
-        if config.run_dir:
-            self.run = RunDirectory.create(Path(config.run_dir))
-        else:
-            self.run = RunDirectory.create_below(Path("runs"), stem)
-        self.config = config
-        self._given = {key: value for key, value in msgspec.to_builtins(config).items() if key in given}
-        self._target = ["-m", script, *arguments] if module else [script, *arguments]
-        self._name = script
+    def __init__(self, prepared: launching.Prepared, *, new: bool) -> None:
+        self.run, self.launch, self._lock, self.mpiexec, self.vendor = prepared
+        self.config = build(self.launch.settings)
+        self._new = new
+        self._progress = Progress(Progress.mode(self.config.progress))
+        self._interrupts = Interrupts()
+        self._asked = self._settled = self._reached = False
+        self._starts = len(_starts(self.run))
+        self._setbacks: list[Setback] = []
+
+    @classmethod
+    def start(cls, script: str, arguments: list[str], given: dict[str, Any], *, module: bool = False) -> Supervisor:
+        """Make the supervisor of a new run.
+
+        Parameters
+        ----------
+        script : str
+            Script file, or with `module` the name of a module.
+        arguments : list of str
+            Its arguments.
+        given : dict
+            The job's settings as given outside the script, which win over the script's own.
+        module : bool
+            True if `script` names a module.
+        """
+        return cls(launching.new(script, arguments, given, module=module), new=True)
+
+    @classmethod
+    def resume(cls, run: RunDirectory, given: dict[str, Any]) -> Supervisor:
+        """Make the supervisor of a run that failed, was stopped or was killed.
+
+        Parameters
+        ----------
+        run : RunDirectory
+            The run. What is left of it on this host is ended and put away.
+        given : dict
+            Settings that win over those it was started with.
+
+        Raises
+        ------
+        RunDirectoryError
+            If it ended well, has a supervisor, or was not started by one.
+        """
+        return cls(launching.again(run, given), new=False)
 
     def command(self) -> list[str]:
         """Return the command that starts the seed rank."""
         # The guard's own interpreter needs neither site-packages nor the environment's Python settings.
         guard = [sys.executable, "-I", "-S", str(GUARD), str(self.run.path), "0"]
-        return [str(self.mpiexec), *self.vendor.launch, "-n", "1", *guard, sys.executable, *self._target]
+        target = ["-m", self.launch.script] if self.launch.module else [self.launch.script]
+        command = [str(self.mpiexec), *self.vendor.launch, "-n", "1", *guard]
+        return [*command, sys.executable, *target, *self.launch.arguments]
+
+    def origin(self) -> str:
+        """Return in words where the next attempt will begin."""
+        folder = Path(self.launch.directory) / checkpoint_folder(self.config, self.run.path)
+        with contextlib.suppress(CheckpointError):
+            for path in reversed(Store(folder).all()):
+                with contextlib.suppress(CheckpointError):
+                    about = Checkpoint.open(path).about  # the ranks check all of it, and say so if they take another one
+                    loop = f" of loop {about.loop}" if about.loop > 1 else ""
+                    return f"from the checkpoint of step {about.cursor.step}{loop}"
+        return "from the beginning, since there is no checkpoint"
 
     def go(self) -> int:
         """Run the job to its end and return the exit code."""
+        try:
+            with self._interrupts:
+                while (code := self._attempt()) is None:
+                    pass
+                return code
+        finally:
+            self._progress.close()
+            self._lock.close()
+
+    def _attempt(self) -> int | None:
+        """Start the job and watch it to its end. Return the exit code, or None if it is to be started again."""
         environ = dict(os.environ)
         prepare(environ)
         environ[RUN_VARIABLE] = str(self.run.path)
         environ[SUPERVISED_VARIABLE] = "1"
-        self._write_settings()
-        progress = Progress(Progress.mode(self.config.progress))
-        begun = time.time()
-        process = subprocess.Popen(self.command(), env=environ, start_new_session=True)
-        interrupted = _Interrupts(lambda name: self._interrupt(process, name))
         try:
-            while process.poll() is None:
-                with contextlib.suppress(RunDirectoryError):  # it can be on a file system that has a bad moment
-                    status = self.run.status()
-                    if status is not None:
-                        progress.show(status)
-                time.sleep(LOOK_S)
-            last = self.run.status()
-            if last is not None:
-                progress.show(last)
+            attempt = Attempt(self.run, self.command(), environ, self.launch.directory)
+        except OSError as error:
+            raise LaunchError(f"{self.mpiexec} can't be started: {error.strerror}") from error
+        well = False
+        try:
+            self._watch(attempt)
+            well = self._ended_well()
         finally:
-            progress.close()
-            interrupted.restore()
-            _end_group(process)
-            for segment in orphaned_shared_memory(begun):
-                segment.unlink(missing_ok=True)
-        return EXIT_INTERRUPTED if interrupted.seen else self._verdict(last, process.returncode)
+            left = attempt.clean(thoroughly=not well)
+        if left:
+            self._say(f"processes {left} can't be ended")
+        return self._verdict(attempt)
 
-    def _interrupt(self, process: subprocess.Popen[bytes], name: str) -> None:
-        """End the job because a person or the system asked for it."""
-        host = os.uname().nodename
-        error = f"interrupted: the supervisor on {host} received {name}"
-        self.run.fail(Failure(error=error, traceback="", member=-1, rank=-1, host=host, generation=-1, step=-1))
-        _end_group(process)
+    # --- while it runs ------------------------------------------------------------------------------------------------
 
-    def _write_settings(self) -> None:
-        self.run.put(self.run.path / "config.json", self._given)
+    def _watch(self, attempt: Attempt) -> None:
+        over = False
+        while not over and not self._heed():
+            self._show()
+            try:
+                over = attempt.over(self.config.stall_s, self.config.deadline_s, well=self._ended_well())
+            except RunDirectoryError:  # it can be on a file system that has a bad moment
+                over = attempt.process.poll() is not None
+            if not over:
+                self._interrupts.wait(LOOK_S)
+        self._show()
+        self._progress.close()
 
-    def _verdict(self, last: Status | None, code: int) -> int:
+    def _show(self) -> None:
+        status = self._status()
+        if status is None:
+            return
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self._progress.show(status)
+        if not self._settled and status.state != "starting":
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take over what the script itself sets: the job has said what came of all settings."""
+        with contextlib.suppress(RunDirectoryError):
+            for started in _starts(self.run)[self._starts :]:
+                self.config, self._settled = build(started.settings), True
+
+    def _heed(self) -> bool:
+        """Act on the signals that have come; True if the job is to end now."""
+        if self._interrupts.again:
+            lose(self.run, f"interrupted: the supervisor on {HOST} received {self._interrupts.again}", "interrupted")
+            return True
+        if self._interrupts.first and not self._asked:
+            self._asked = True
+            text = "stopping at the next step, with a checkpoint"
+            try:
+                self.run.ask(Request("stop"))
+            except OSError as error:
+                text = f"the job can't be asked to stop: {error.strerror}"
+            self._say(f"{text}; Ctrl-C again ends it now")
+        return False
+
+    def _status(self) -> Status | None:
+        try:
+            return self.run.status()
+        except RunDirectoryError:
+            return None
+
+    def _ended_well(self) -> bool:
+        status = self._status()
+        return status is not None and status.state in WELL and not self.run.failed()
+
+    def _say(self, *lines: str) -> None:
+        with contextlib.suppress(OSError):
+            self._progress.tell("\n".join(f"hpc_elastic: {line}" for line in lines))
+
+    # --- when it is over ----------------------------------------------------------------------------------------------
+
+    def _verdict(self, attempt: Attempt) -> int | None:
         """Return the exit code; the run's own record decides, since launchers end with what they like."""
-        failure = self.run.failure()
-        if failure is not None:
-            told = "" if failure.told else f"hpc_elastic: {failure.error}\n"  # else the rank has said it
-            sys.stderr.write(f"{told}hpc_elastic: run directory {self.run.path}\n")
-            return EXIT_FAILED
-        if last is not None and last.state in ("ended", "stopped"):
+        self._settle()
+        failure, status = self.run.failure(), self._status()
+        if self._ended_well() and status is not None and (status.state == "ended" or not self._interrupts.first):
+            if status.state == "stopped":
+                self._say(f"stopped at step {status.step}; {self._hint()}")
             return EXIT_OK
-        if not self.run.records() and code == 0:
-            self.run.remove_unused()
-            sys.stderr.write(f"hpc_elastic: {self._name} ended without calling he.run(train): nothing was run\n")
+        if self._interrupts.first:
+            stopped = status is not None and status.state == "stopped"
+            text = f"stopped at step {status.step}" if status and stopped else "the job ended before it could stop"
+            return self._interrupted(failure.error if failure else text)
+        if failure is not None and failure.kind != "lost":
+            told = [] if failure.told else [failure.error]  # else the rank has said it
+            self._say(*told, f"run directory {self.run.path}")
+            return EXIT_FAILED
+        self._reached = self._reached or attempt.hangs != "" or bool(self.run.records())
+        code = attempt.process.returncode
+        return self._lost(failure, code) if self._reached else self._never_reached(failure, code)
+
+    def _never_reached(self, failure: Failure | None, code: int) -> int:
+        """Say that no rank came to ``he.run``, which a restart would not change."""
+        if failure is None and code == 0:
+            self._say(f"{self.launch.script} ended without calling he.run(train): nothing was run")
+            if self._new:
+                self.run.remove_unused()
             return EXIT_NEVER_RAN
-        sys.stderr.write(
-            f"hpc_elastic: the job ended early (the launcher ended with {code}); run directory {self.run.path}\n"
-        )
+        why = failure.error if failure else f"the job ended early (the launcher ended with {code})"
+        self._say(f"{why}; run directory {self.run.path}")
         return EXIT_FAILED
 
-
-class _Interrupts:
-    """Passes SIGINT and SIGTERM on as an end of the job."""
-
-    def __init__(self, end: Callable[[str], None]) -> None:
-        self.seen = False
-        self._end = end
-        self._before = {number: signal.signal(number, self._handle) for number in CAUGHT}
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.seen = True
-        self._end(signal.Signals(number).name)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and whatever is left of its session's process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    def _lost(self, failure: Failure | None, code: int) -> int | None:
+        """Start the job again, if that can help."""
+        ends = self.run.ends()
+        if failure is None:
+            bad = [
+                f"process {end.member} (pid {end.pid} on {end.host}) {end.how()}" for end in ends if end.code or end.signal
+            ]
+            reason = "; ".join([*bad[:1], f"the launcher ended with {code} before the job had"])
+            lose(self.run, reason)
+        else:
+            reason = failure.error
+        status = self._status()
+        own = status is not None and status.state != "starting"  # else it is of the attempt before
+        step = failure.step if failure and failure.step >= 0 else status.step if status and own else -1
+        words = tuple(map(_last_words, [end for end in ends if end.last_words][:PROCESSES]))
+        self._setbacks.append(Setback(self.run.attempt(), step, reason, words))
+        why = why_not(self._setbacks, self.config.restarts)
         try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + GRACE_S
-        while number == signal.SIGTERM and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+            return self._give_up(why) if why else self._again(told=failure is not None and failure.told)
+        except OSError as error:
+            return self._give_up(f"the run directory can't be used: {error}")
+
+    def _give_up(self, why: str) -> int:
+        self._say(f"given up: {why}", *account(self._setbacks), f"run directory {self.run.path}", self._hint())
+        return EXIT_FAILED
+
+    def _again(self, *, told: bool) -> int | None:
+        """Put the attempt away and wait until it is time for the next one. Return the exit code if a signal comes."""
+        last, number = self._setbacks[-1], len(self._setbacks)
+        seconds, status = wait_s(number), self._status()
+        attempt = self.run.retire_attempt() + 1
+        log = events.EventLog(self.run.events)
+        log.mend()
+        log.write(events.Restarted(attempt=attempt, step=last.step, reason=last.reason, wait_s=seconds))
+        title = f"restart {number} of {self.config.restarts}"
+        if status is not None:
+            now = msgspec.structs.replace(status, state="starting", time=time.time(), ranks=0, members=(), under_way=title)
+            self.run.put_status(now)
+        later = f" in {seconds:g} s" if seconds else ""
+        self._say(*([] if told else [last.reason]), f"{title}{later}, {self.origin()}")
+        deadline = time.monotonic() + seconds
+        while not self._interrupts.first and time.monotonic() < deadline:
+            self._interrupts.wait(deadline - time.monotonic())
+        if not self._interrupts.first:
+            return None
+        text = f"interrupted: the supervisor on {HOST} received {self._interrupts.first} before it started the job again"
+        lose(self.run, text, "interrupted")
+        return self._interrupted(text)
+
+    def _interrupted(self, text: str) -> int:
+        self._say(text, f"run directory {self.run.path}", self._hint())
+        return EXIT_INTERRUPTED
+
+    def _hint(self) -> str:
+        return f"go on {self.origin()}, with: hpc-elastic resume {shlex.quote(str(self.run.path))}"
+
+
+def _starts(run: RunDirectory) -> list[events.Started]:
+    return [event for event in events.read(run.events) if isinstance(event, events.Started)]
+
+
+def _last_words(end: End) -> str:
+    lines = end.last_words.rstrip().splitlines()[-LINES:]
+    return "\n".join(
+        [f"process {end.member} (pid {end.pid} on {end.host}) {end.how()}; last words:", *(f"  {x}" for x in lines)]
+    )

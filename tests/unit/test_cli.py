@@ -14,16 +14,20 @@ import pytest
 from typer.testing import CliRunner
 
 import hpc_elastic
-from hpc_elastic import cli, doctor, events
+from hpc_elastic import cli, control, doctor, events, launching
+from hpc_elastic.checkpoint import About, Store
 from hpc_elastic.config import build
 from hpc_elastic.doctor import Check
-from hpc_elastic.model import Member
-from hpc_elastic.rundir import Answer, Failure, RunDirectory, Status
+from hpc_elastic.model import Cursor, Member
+from hpc_elastic.rundir import Answer, Failure, Launch, RankRecord, RunDirectory, Status
 from hpc_elastic.shards import write_shard
 from tests.launch import Job, until
 from tests.launch import hpc_elastic as command
 
-COMMANDS = ("run", "status", "resize", "stop", "doctor", "pack", "inspect", "report")
+COMMANDS = (
+    *("run", "resume", "status", "resize", "stop", "checkpoint", "verify"),
+    *("doctor", "pack", "inspect", "report"),
+)
 LOOP = """
 import sys, time
 import hpc_elastic as he
@@ -122,6 +126,10 @@ def test_usage_is_shown_without_arguments(arguments):
         (("resize", "r", "2", "--timeout", "-1"), "Invalid value for '--timeout'"),
         (("pack", "x.npz"), "Missing option '--out'"),
         (("run", "--max", "some", "x.py"), "Invalid value for '--max'"),
+        (("resume",), "Missing argument 'RUN'"),
+        (("resume", "r", "--ranks", "some"), "Invalid value for '-n'"),
+        (("verify",), "Missing argument 'WHERE'"),
+        (("checkpoint", "r", "--timeout", "-1"), "Invalid value for '--timeout'"),
         (("halt", "r"), "No such command 'halt'"),
         (("run", "--mx", "3", "x.py"), "No such option"),
     ],
@@ -219,9 +227,12 @@ def test_settings_reach_the_supervisor(monkeypatch):
     seen = []
 
     class Spy:
-        def __init__(self, *arguments, module):
+        run = RunDirectory.create(Path("spied"))
+
+        @classmethod
+        def start(cls, *arguments, module):
             seen.append((*arguments, module))
-            self.run = RunDirectory.create(Path("spied"))
+            return cls()
 
         def go(self):
             return 130
@@ -243,14 +254,14 @@ def test_settings_reach_the_supervisor(monkeypatch):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["status", "stop", "report", "resize"])
+@pytest.mark.parametrize("name", ["status", "stop", "report", "resize", "checkpoint", "resume"])
 @pytest.mark.parametrize("place", ["absent", "."])
 def test_no_run_directory(name, place):
     more = ["2"] if name == "resize" else []
     assert "is not a run directory; `hpc-elastic run` makes one" in fails(name, place, *more, code=4)
 
 
-@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r")])
+@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r"), ("checkpoint", "r")])
 @pytest.mark.parametrize("state", ["ended", "stopped", "failed"])
 def test_request_to_a_run_that_is_over(request_, state, run):
     run.put_status(now(state))
@@ -258,7 +269,7 @@ def test_request_to_a_run_that_is_over(request_, state, run):
     assert run.requests() == []
 
 
-@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r"), ("status", "r")])
+@pytest.mark.parametrize("request_", [("resize", "r", "2"), ("stop", "r"), ("checkpoint", "r"), ("status", "r")])
 @pytest.mark.usefixtures("run")
 def test_run_that_has_not_begun(request_):
     assert "has no status yet: the job has not reached its first step" in fails(*request_, code=4)
@@ -293,9 +304,34 @@ def test_status(run):
     assert out == "running: epoch 1/1, step 3/9, 1 rank\n  rank 0: process 4, pid 77 on vm, slot 2\n"
 
 
+def checkpointed(step, **others):
+    values = {"loop": 0, "path": f"r/{step}", "seconds": 2.0, "bytes": 1000, "standstill_s": 0.1}
+    return events.Checkpointed(step=step, **{**values, **others})
+
+
+def test_status_tells_of_checkpoints_and_restarts(run, monkeypatch):
+    run.put_status(now())
+    log = events.EventLog(run.events)
+    log.write(checkpointed(20, time=0.0))
+    monkeypatch.setattr(control.time, "time", lambda: 40.0)
+    for attempt, step in ((2, 23), (3, 31)):
+        log.write(events.Restarted(attempt=attempt, step=step, reason="process 4 was killed", wait_s=0.0))
+    out, _ = invoke("status", "r", code=0)
+    assert out.splitlines()[-2:] == [
+        "  last checkpoint: step 20, 40 s ago",
+        "  restarts: 2, the last after step 31: process 4 was killed",
+    ]
+    found = json.loads(invoke("status", "r", "--json", code=0)[0])
+    assert (found["step"], found["checkpoint"]["step"], found["checkpoint_error"]) == (3, 20, None)
+    assert [restart["step"] for restart in found["restarts"]] == [23, 31]
+    log.write(checkpointed(40, error="No space left on device"))
+    out, _ = invoke("status", "r", code=0)
+    assert "  last checkpoint: step 20, 40 s ago\n  a newer checkpoint failed: No space left on device\n" in out
+
+
 def test_status_of_a_run_that_is_silent(run, monkeypatch):
     run.put_status(now())
-    monkeypatch.setattr(cli, "STALE_S", -1.0)
+    monkeypatch.setattr(control, "STALE_S", -1.0)
     out, _ = invoke("status", "r", code=0)
     assert "the last sign of life is 0 s old" in out
 
@@ -357,6 +393,39 @@ def test_wait_for_a_resize_of_a_job_that_ends(run, monkeypatch):
     assert err == "hpc-elastic: the job in r has ended before the resize was done\n"
 
 
+def test_checkpoint(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=True)
+    assert invoke("checkpoint", "r", code=0) == ("accepted: said so\n", "")
+    assert [request.kind for _, request in run.requests()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("happened", "code"),
+    [
+        (checkpointed(3), 0),
+        (checkpointed(0, loop=1), 0),  # the next loop counts anew
+        (checkpointed(2), 6),  # it was being written when this one was asked for
+        (checkpointed(4, error="No space left on device"), 1),
+    ],
+)
+def test_wait_for_a_checkpoint(happened, code, run, monkeypatch):
+    run.put_status(now())
+    log = events.EventLog(run.events)
+    log.write(checkpointed(3))  # of before
+    answering(monkeypatch, accepted=True, then=lambda _: log.write(happened))
+    out, err = invoke("checkpoint", "r", "--wait", "--timeout", "0.2", code=code)
+    assert out == "accepted: said so\n"
+    assert ("the checkpoint failed: No space left" in err) == (code == 1)
+
+
+def test_wait_for_a_checkpoint_of_a_job_that_ends(run, monkeypatch):
+    run.put_status(now())
+    answering(monkeypatch, accepted=True, then=lambda run: run.put_status(now("ended")))
+    _, err = invoke("checkpoint", "r", "--wait", code=4)
+    assert err == "hpc-elastic: the job in r has ended before the checkpoint was done\n"
+
+
 def test_live_job(script, tmp_path):
     """The real thing: asked for its status, resized, refused, reported, and stopped."""
     with Job(command("run", "--run-dir", "r", "--slots", 2, "--max", 2, script, 100000), folder=tmp_path) as job:
@@ -380,6 +449,132 @@ def test_script_that_never_calls_run(tmp_path):
         done = job.wait(clean=False)
     assert done.code == 3
     assert done.err.splitlines()[-1] == "hpc_elastic: idle.py ended without calling he.run(train): nothing was run"
+    assert not Path("r").exists()
+
+
+# --- resume: what is refused; test_supervisor.py has the rest -----------------------------------------------------------
+
+
+def launched(run, **others):
+    values = {"script": "script.py", "module": False, "arguments": [], "settings": {"max": 3}, "mpi": "MPI"}
+    run.put_launch(Launch(**{**values, "directory": str(Path.cwd()), **others}))
+    return run
+
+
+def test_resume_without_launch(run):
+    assert "has no launch.json: only what `hpc-elastic run` started can be resumed" in fails("resume", "r", code=5)
+    (run.path / "launch.json").write_text("{")
+    assert "launch.json is damaged" in fails("resume", "r", code=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "4"], "ranks = 4 is more than max = 3"),
+        (["--min", "4"], "min = 4 is more than max = 3"),
+        (["--set", "run_dir=x"], "run_dir: a run is resumed where it is"),
+        (["--set", "deadline=3"], "unknown setting 'deadline'"),
+        (["--set", "timetable=x"], "timetable"),
+    ],
+)
+def test_resume_with_bad_settings(options, message, run, script):
+    launched(run, script=script)
+    assert message in fails("resume", "r", *options, code=2)
+    assert run.launch().settings == {"max": 3}
+    assert run.attempts() == []
+
+
+def test_resume_of_a_script_that_is_gone(run):
+    launched(run)
+    assert fails("resume", "r", code=2) == f"script script.py does not exist any more in {Path.cwd()}"
+    launched(run, module=True, directory="/none")
+    assert fails("resume", "r", code=2) == "the run's working directory /none does not exist any more"
+
+
+def test_resume_of_a_run_that_is_over_or_under_way(run, script):
+    launched(run, script=script).put_status(now("ended"))
+    assert "has ended well: there is nothing to resume" in fails("resume", "r", code=5)
+    run.put_status(now("stopped"))
+    with run.lock():
+        assert "is in use: its supervisor is at work" in fails("resume", "r", code=5)
+    assert run.attempts() == []
+
+
+def test_resume_of_a_run_with_ranks_elsewhere(run, script, monkeypatch):
+    """Nothing here can end those."""
+    launched(run, script=script).put_status(now())
+    run.put_record(RankRecord(member=Member(id=0, pid=1, host="elsewhere"), outcome="member", time=0.0))
+    looks = iter([{"0.beat": 1}, {"0.beat": 2}])
+    monkeypatch.setattr(launching, "LOOK_S", 0.0)
+    monkeypatch.setattr(launching, "beats", lambda _: next(looks))
+    assert "still run on elsewhere: end them there first" in fails("resume", "r", code=5)
+    assert run.attempts() == []
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def save(folder, *steps):
+    store = Store(folder, keep=9)
+    for step in steps:
+        about = About(loop=0, cursor=Cursor(step=step), names=("w",), settings={}, generation=0, time=time.time() - 60)
+        store.write_part(about, 0, b"header", [np.arange(1000.0)], [])
+        store.commit(about, [0])
+    return store.all()
+
+
+def test_verify(run):
+    first, second = save(run.path / "checkpoints", 20, 40)
+    out, _ = invoke("verify", "r", code=0)
+    lines = [line.split() for line in out.splitlines() if line.startswith("00-")]
+    assert [(line[0], line[1], line[-1]) for line in lines] == [
+        ("00-000000020", "20", "good"),
+        ("00-000000040", "40", "good"),
+    ]
+    found = json.loads(invoke("verify", "r", "--json", code=0)[0])
+    assert [(row["loop"], row["step"], row["problems"]) for row in found] == [(0, 20, []), (0, 40, [])]
+    assert found[0]["path"] == str(first)
+    assert found[0]["bytes"] > 8000
+    assert time.time() - 70 < found[0]["time"] < time.time()
+    (row,) = json.loads(invoke("verify", second, "--json", code=0)[0])
+    assert row["step"] == 40
+
+
+def test_verify_finds_damage(run):
+    _, second, third = save(run.path / "checkpoints", 20, 40, 60)
+    content = bytearray((second / "part-0.h5").read_bytes())
+    content[len(content) // 2] ^= 1
+    (second / "part-0.h5").write_bytes(content)
+    (third / "manifest.json").unlink()
+    out, _ = invoke("verify", "r", code=7)
+    lines = [line for line in out.splitlines() if line.startswith("00-")]
+    assert [line.rstrip().endswith(" good") for line in lines] == [True, False, False]
+    assert "checksum differs" in lines[1]
+    found = json.loads(invoke("verify", "r", "--json", code=7)[0])
+    assert [bool(row["problems"]) for row in found] == [False, True, True]
+    assert found[2]["step"] is None
+    invoke("verify", second, code=7)
+
+
+@pytest.mark.usefixtures("run")
+def test_verify_where_there_is_nothing():
+    assert fails("verify", "r", code=7) == "r has no checkpoints"
+    assert "absent does not exist: name a run directory or a checkpoint" in fails("verify", "absent", code=4)
+    Path("empty").mkdir()
+    assert "manifest.json is missing" in invoke("verify", "empty", code=7)[0]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_verify_looks_where_the_job_keeps_them(told, run, monkeypatch):
+    """As it was started or, since the script has settings too, as the job has said. From any directory."""
+    save(Path("kept/r"), 20)
+    launched(run, settings={} if told else {"checkpoint_dir": "kept"})
+    if told:
+        settings = {"checkpoint_dir": "kept"}
+        events.EventLog(run.events).write(events.Started(script="s", mpi="m", hosts=(), ranks=1, settings=settings))
+    monkeypatch.chdir("/")
+    (row,) = json.loads(invoke("verify", run.path, "--json", code=0)[0])
+    assert row["step"] == 20
 
 
 # --- data, and the machine --------------------------------------------------------------------------------------------

@@ -92,6 +92,25 @@ def test_a_line_half_written_is_left_out(tmp_path):
     assert read(path) == [first, second]
 
 
+def test_half_a_line_is_cut_off_before_the_log_is_continued(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.mend()
+    assert not path.exists()
+    event = Ended(steps=5, seconds=1.5, ranks=2)
+    log.write(event)
+    log.mend()
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:9])
+    log.mend()
+    assert path.read_bytes() == whole
+    log.write(event)
+    assert read(path) == [event, event]
+    path.write_bytes(whole[:9])
+    log.mend()
+    assert path.read_bytes() == b""
+
+
 def test_no_file_has_no_events(tmp_path):
     assert read(tmp_path / "none.jsonl") == []
     (tmp_path / "empty.jsonl").touch()

@@ -153,6 +153,25 @@ def test_bar_says_how_it_ended(clock, terminal):
     assert "stopped, epoch 2/5" in screen.getvalue()
 
 
+def test_what_is_told_stands_above_the_bar(terminal, clock):
+    screen = terminal()
+    progress = Progress("bar", clock)
+    progress.show(BASE)
+    progress.tell("a [bold] word")
+    progress.show(BASE)
+    progress.close()
+    progress.tell("another")
+    text = screen.getvalue()
+    assert "a [bold] word\n" in text
+    assert text.endswith("another\n")
+
+
+def test_what_is_told_is_told_in_every_mode(clock, capsys):
+    for mode in ("plain", "off"):
+        Progress(mode, clock).tell(mode)
+    assert capsys.readouterr().err == "plain\noff\n"
+
+
 def test_mode(monkeypatch, terminal):
     terminal()
     assert Progress.mode("off") == "off"

@@ -9,8 +9,9 @@ import pytest
 from hpc_elastic import events
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.model import Member
-from hpc_elastic.report import summarize, table
+from hpc_elastic.report import table
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory, Status
+from hpc_elastic.summary import summarize
 
 T = 1_000_000.0
 MEMBER = Member(id=0, pid=77, host="a")
@@ -197,6 +198,137 @@ def test_failed(run, capsys):
     out = shown(summary, capsys)
     assert "failed: rank 1 raised" in out
     assert trace in out
+
+
+# --- losses, restarts, checkpoints ------------------------------------------------------------------------------------
+
+
+def lost(step, when, **others):
+    values = {"generation": 2, "members": (2,), "how": "process 2 was killed by signal 9", "before": 3, "after": 2}
+    seconds = {"detect": 0.05, "agree": 0.01, "rebuild": 0.04}
+    return events.Lost(time=T + when, step=step, lost_steps=1, seconds=seconds, recovery_s=0.1, **{**values, **others})
+
+
+def restarted(step, when, attempt=2):
+    return events.Restarted(time=T + when, attempt=attempt, step=step, reason="node b is gone", wait_s=0.0)
+
+
+def again(when, **settings):
+    return events.Started(time=T + when, script="train", mpi="MPICH 5", hosts=("c",), ranks=1, settings=settings)
+
+
+def resumed(step, when, loop=1):
+    return events.Resumed(time=T + when, loop=loop, step=step, path="r/x", ranks=1)
+
+
+def saved(step, when, seconds=1.0, **others):
+    values = {"loop": 1, "path": "r/x", "bytes": 2_000_000, "standstill_s": 0.01}
+    return events.Checkpointed(time=T + when, step=step, seconds=seconds, **{**values, **others})
+
+
+def test_loss(run, capsys):
+    """A loss makes a generation, and what it cost is not counted as training."""
+    summary = write(run, started(), grown(10, 10.5), lost(30, 20.6), ended(50, 31))
+    first, second, third = summary["generations"]
+    assert (first["to_step"], second["to_step"], third["to_step"]) == (10, 30, 50)
+    assert (third["number"], third["ranks"], third["left"]) == (2, 2, [2])
+    assert third["reason"] == "process 2 was killed by signal 9"
+    assert second["steps_per_s"] == pytest.approx(20 / 10)
+    assert third["steps_per_s"] == pytest.approx(20 / 10.4)
+    assert summary["losses"][0]["members"] == [2]
+    assert (summary["steps"], summary["steps_lost"], summary["attempts"]) == (50, 0, 1)
+    out = shown(summary, capsys)
+    assert (
+        "lost at step 30: process 2: process 2 was killed by signal 9: 3 -> 2 ranks, 1 step done again, "
+        "recovered in 100 ms (ms: detect 50, agree 10, rebuild 40)"
+    ) in out
+
+
+TWICE = (
+    started(policy="manual"),
+    epoch(0, 10, 10.0, 10),
+    saved(10, 10, seconds=1.0),
+    epoch(1, 20, 10.0, 20),
+    saved(20, 20, seconds=3.0),
+    epoch(2, 30, 10.0, 30),
+    restarted(34, 40),
+    again(41, max=3),
+    resumed(20, 42),
+    epoch(2, 30, 5.0, 47),
+    epoch(3, 40, 5.0, 52),
+    ended(40, 12),
+)
+
+
+def test_restart(run, capsys):
+    """What was lost and done once more counts once."""
+    now = status("ended", when=53, step=40, steps=40)
+    summary = write(run, *TWICE, now=now)
+    assert (summary["steps"], summary["steps_lost"], summary["epochs"]) == (40, 14, 4)
+    assert (summary["attempts"], summary["state"], summary["settings"]) == (2, "ended", {"max": 3})
+    assert summary["seconds"] == pytest.approx(52), "from the first start on"
+    assert summary["hosts"] == ["a", "c"]
+    first, second = summary["generations"]
+    assert [(row["attempt"], row["number"], row["from_step"], row["to_step"], row["steps"]) for row in (first, second)] == [
+        (1, 0, 0, 34, 34),
+        (2, 0, 20, 40, 20),
+    ]
+    assert second["reason"] == "checkpoint of step 20"
+    assert second["steps_per_s"] == pytest.approx(20 / 10)
+    assert second["samples_per_s"] == pytest.approx(200)
+    assert summary["restarts"] == [{"time": T + 40, "attempt": 2, "step": 34, "reason": "node b is gone", "wait_s": 0.0}]
+    assert summary["resumes"][0]["step"] == 20
+    found = summary["checkpoints"]
+    assert (found["count"], found["seconds"], found["last"]["step"], found["errors"]) == (2, 2.0, 20, [])
+    out = shown(summary, capsys)
+    for text in (
+        "restart (attempt 2) after step 34: node b is gone",
+        "40, and 14 lost",
+        "2 of 2.0 MB in 2.00 s each, standstill 10.0 ms; last: step 20",
+        "1:0",
+        "2:0",
+    ):
+        assert text in out
+
+
+def test_restart_from_the_beginning(run):
+    summary = write(
+        run, started(), epoch(0, 10, 10.0, 10), restarted(14, 15), again(16), epoch(0, 10, 5.0, 21), ended(10, 5)
+    )
+    assert (summary["steps"], summary["steps_lost"], summary["epochs"]) == (10, 14, 1)
+
+
+def test_restart_that_comes_to_nothing(run):
+    """An attempt that failed before it had a checkpoint loaded takes nothing away from those before."""
+    began = (started(), epoch(0, 10, 5.0, 5), epoch(0, 4, 2.0, 7, samples=400), restarted(6, 8))
+    summary = write(run, *began, again(9), restarted(-1, 10, attempt=3), again(11), resumed(3, 12, loop=2), ended(8, 5))
+    assert (summary["steps"], summary["attempts"]) == (18, 3)
+    assert summary["epochs"] == 1
+
+
+def test_between_two_attempts(run):
+    """The status has the old step still, which is none of the new attempt's."""
+    now = status("starting", when=60, step=34, steps=40, under_way="restart 1 of 5")
+    summary = write(run, *TWICE[:8], now=now)
+    assert [row["steps"] for row in summary["generations"]] == [34, 0]
+    assert summary["state"] == "starting"
+
+
+def test_a_run_that_was_stopped_goes_on(run):
+    """That an earlier attempt ended is no end of the run."""
+    stopped = events.Ended(time=T + 5, steps=10, seconds=5.0, ranks=7, stopped=True)
+    now = status("running", when=25, ranks=1, step=14, steps=40)
+    summary = write(run, started(), stopped, again(20), resumed(10, 21), now=now)
+    assert (summary["ranks"], summary["steps"], summary["steps_lost"]) == (1, 14, 0)
+    assert summary["seconds"] > 1000, "it runs"
+
+
+def test_checkpoints_that_failed(run, capsys):
+    summary = write(run, started(), saved(10, 3, error="No space left on device"))
+    found = summary["checkpoints"]
+    assert (found["count"], found["seconds"], found["last"]) == (0, None, None)
+    assert found["errors"] == [{"time": T + 3, "step": 10, "error": "No space left on device"}]
+    assert "checkpoint failed at step 10: No space left on device" in shown(summary, capsys)
 
 
 def test_failed_before_it_began(run, capsys):

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_elastic import rundir
+from hpc_elastic.config import build
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.model import Member, Request
-from hpc_elastic.rundir import Answer, Failure, RankRecord, RunDirectory, Status
+from hpc_elastic.rundir import Answer, End, Failure, Launch, RankRecord, RunDirectory, Status, checkpoint_folder
 
 LIMIT_S = 20
 
@@ -212,6 +213,91 @@ def test_records_are_sorted_by_number(run):
     run.put_record(record(2, outcome="failed", error="why", peak_bytes=5))
     assert [found.member.id for found in run.records()] == [0, 2, 10]
     assert run.record(2) == record(2, outcome="failed", error="why", peak_bytes=5)
+
+
+# --- attempts -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_is_put_away(run):
+    assert run.attempt() == 1
+    run.put_record(record())
+    run.beat_file(0).touch()
+    run.condemn(3)
+    run.ask(Request("resize", 2))
+    run.put_status(Status(state="running", time=1.0, started=0.0))
+    run.fail(failure())
+    assert run.retire_attempt() == 1
+    old = run.path / "attempts" / "1"
+    assert {str(path.relative_to(old)) for path in old.rglob("*") if path.is_file()} == {
+        *("ranks/0.json", "ranks/0.beat", "condemned/3", "failure.json"),
+    }
+    assert (run.records(), run.failed(), run.attempt()) == ([], False, 2)
+    assert run.status() is not None
+    assert len(run.requests()) == 1
+    assert not [path.name for path in run.path.iterdir() if path.name.startswith(".")]
+    assert run.retire_attempt() == 2
+    assert [path.name for path in run.attempts()] == ["1", "2"]
+
+
+def test_attempts_are_in_the_order_of_their_numbers(run):
+    for number in (10, 9, 2):
+        (run.path / "attempts" / str(number)).mkdir(parents=True)
+    assert [path.name for path in run.attempts()] == ["2", "9", "10"]
+    assert run.retire_attempt() == 11
+
+
+def test_putting_away_can_be_done_once_more(run):
+    """A supervisor that is killed meanwhile leaves half of it."""
+    (run.path / "attempts" / "1").mkdir(parents=True)
+    (run.path / "ranks").rename(run.path / "attempts" / "1" / "ranks")
+    (run.path / ".newcomers").mkdir()
+    assert run.retire_attempt() == 2
+    assert RunDirectory(run.path).records() == []
+    assert not (run.path / ".newcomers").exists()
+
+
+def test_ends_are_sorted_by_time(run):
+    ends = [End(member=n, pid=n, host="a", code=1, signal=0, time=9.0 - n, peak_bytes=0, last_words="") for n in range(3)]
+    for end in ends:
+        run.put(run.path / "ranks" / f"{end.member}.end.json", end)
+    run.put_record(record(1))
+    assert run.ends() == ends[::-1]
+    assert run.records() == [record(1)]
+
+
+def test_launch(run):
+    assert run.launch() is None
+    launch = Launch(script="a.b", module=True, arguments=["-x"], settings={"max": 3}, directory="/d", mpi="MPI")
+    run.put_launch(launch)
+    assert run.launch() == launch
+
+
+def test_one_supervisor_at_a_time(run):
+    with run.lock():
+        with pytest.raises(RunDirectoryError, match="is in use"):
+            run.lock()
+        assert mode(run.path / "supervisor.lock") == 0o600
+    run.lock().close()
+
+
+def test_a_file_system_without_locks(run, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", unsupported)
+    run.lock().close()
+
+
+def test_where_checkpoints_are(run):
+    assert checkpoint_folder(build({}), run.path) == run.path / "checkpoints"
+    assert checkpoint_folder(build({"checkpoint_dir": "/scratch"}), run.path) == Path("/scratch/run")
+
+
+def test_an_unused_one_is_removed(run):
+    run.put_launch(Launch(script="a", module=False, arguments=[], settings={}, directory="/d", mpi="MPI"))
+    run.lock().close()
+    run.remove_unused()
+    assert not run.path.exists()
 
 
 # --- failure --------------------------------------------------------------------------------------------------------------
