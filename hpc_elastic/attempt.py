@@ -78,6 +78,8 @@ class Attempt:
         Its environment.
     directory : str
         Its working directory.
+    outlived : bool
+        True if ranks with a launcher of their own can go on without it.
 
     Attributes
     ----------
@@ -87,8 +89,11 @@ class Attempt:
         Why it was given up, if it showed no sign of life.
     """
 
-    def __init__(self, run: RunDirectory, command: list[str], environ: Mapping[str, str], directory: str) -> None:
+    def __init__(
+        self, run: RunDirectory, command: list[str], environ: Mapping[str, str], directory: str, *, outlived: bool
+    ) -> None:
         self._run = run
+        self._outlived = outlived
         self._begun = time.time()
         self._pulse = Pulse(run.path / "ranks")
         self._next_look = self._failed_since = self._gone_since = 0.0
@@ -106,7 +111,7 @@ class Attempt:
         now = time.monotonic()
         lost = self._failed_as() in ("lost", "interrupted")  # errors end by themselves
         if self.process.poll() is not None:
-            if lost or not self._ranks_run(stall_s):
+            if lost or not (self._outlived and self._ranks_run(stall_s)):
                 return True
         elif lost and self._lingers(now, stall_s):
             return True

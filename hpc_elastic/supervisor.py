@@ -126,7 +126,8 @@ class Supervisor:
         environ[RUN_VARIABLE] = str(self.run.path)
         environ[SUPERVISED_VARIABLE] = "1"
         try:
-            attempt = Attempt(self.run, self.command(), environ, self.launch.directory)
+            outlived = self.config.arrival == "join"
+            attempt = Attempt(self.run, self.command(), environ, self.launch.directory, outlived=outlived)
         except OSError as error:
             raise LaunchError(f"{self.mpiexec} can't be started: {error.strerror}") from error
         well = False

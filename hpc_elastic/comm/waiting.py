@@ -22,6 +22,7 @@ T = TypeVar("T")
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
+LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
 BLAME_S = 10.0  # how long somebody to blame for an error of MPI's is looked for
 
 
@@ -108,7 +109,10 @@ class Watch:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
-            self.until(lambda: bool(results or errors))
+            self.until(lambda: bool(results or errors), LONGEST_CALL_S)
+        except MembershipError:
+            forsake(thread)
+            raise LostRank(f"a call of MPI's that brings ranks together did not end within {LONGEST_CALL_S:.0f} s") from None
         except BaseException:
             forsake(thread)
             raise

@@ -181,7 +181,7 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
 
 def _last_checkpoint(session: Session) -> Checkpoint | None:
     """Return what a run begins with that has run before; a new run directory has no checkpoints."""
-    folder = checkpoint_folder(session.config, session.run.path)
+    folder = Path(session.script.directory) / checkpoint_folder(session.config, session.run.path)
     if not folder.is_dir():
         return None
     from ..checkpoint import Store
@@ -233,5 +233,5 @@ def _job(session: Session, member: Member, world: World | None, door: Door | Non
 def facts(job: Job) -> dict[str, object]:
     """Return what the conditions of faults are compared with."""
     rank, generation, step = job.where()
-    role = "newcomer" if rank < 0 else "leader" if rank == 0 else "other"
+    role = "newcomer" if not job.membership.entered else "leader" if rank == 0 else "other"
     return {"rank": rank, "gen": generation, "step": step, "member": job.member.id, "role": role}

@@ -69,6 +69,7 @@ class Membership:
         self._word = UNKNOWN
         self._verdict: Verdict | None = None
         self._moving: Transition | None = None
+        self._settled: World | None = None
         self._steps_of_losses: list[int] = []
         self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
         if door is not None:
@@ -198,7 +199,16 @@ class Membership:
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def _recover(self, here: Here) -> bool:
-        """Go on without those that were lost; True if the resize under way was committed."""
+        """Go on without those that were lost, and those lost meanwhile; True if the resize under way was committed."""
+        committed = False
+        while True:
+            try:
+                return self._meet(here) or committed
+            except Lost:
+                committed = committed or (self.world is not None and self.world is self._settled)
+
+    def _meet(self, here: Here) -> bool:
+        """Agree with the other survivors, and come together; True if the resize under way was committed."""
         clock, moving = self.session.clock, self._moving
         begun = clock()
         number, members = self._generation()
@@ -223,6 +233,8 @@ class Membership:
         committed = moving if moving is not None and verdict.generation == number + 1 else None
         if moving is not None and committed is None:
             moving.roll_back()
+        if committed is not None and committed.settled is not None:
+            self.world = self._settled = committed.settled  # another loss would find this rank there
         self._rebuild(verdict, committed)
         if self.leader is not None:
             if committed is not None and committed.plan is not None:
@@ -251,8 +263,8 @@ class Membership:
     def _rebuild(self, verdict: Verdict, committed: Transition | None) -> None:
         """Come together with the other survivors: in the generation before, or in the one that was `committed`."""
         faults.at("rebuild")
-        base = self.world if committed is None else committed.settled
-        if base is None:
+        base = self.world
+        if base is None or (committed is not None and committed.settled is None):
             self.retired, self.world, self.leader = True, None, None
             raise Retired(f"process {self.member.id} left the job while another was lost")
         self.vigil.watch(verdict.survivors)
@@ -356,6 +368,7 @@ class Membership:
     def end(self, here: Here, *, stopped: bool) -> None:
         """End the job on all ranks. Collective."""
         self.joined()
+        faults.at("end")
         if self.pass_point(here, "end") != END:
             raise JobError(f"this rank left the loop at step {here.cursor.step}, and rank 0 did not: all have to")
         status = self.session.run.status()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -68,7 +69,7 @@ class Saving:
             return  # the state is the same on all ranks: one writes it
         if self._writer is None or self._buffers is None:
             config = self._session.config
-            folder = checkpoint_folder(config, self._session.run.path)
+            folder = Path(self._session.script.directory) / checkpoint_folder(config, self._session.run.path)
             self._writer = Writer(Store(folder, config.checkpoints_kept))
             self._buffers = Buffers()
         if self._writer.busy:

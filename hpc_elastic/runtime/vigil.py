@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import faults
 from ..comm.liveness import Liveness
-from ..comm.waiting import Lost
+from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..model import Member
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 NO_MEETINGS = -1
-LONGEST_CALL_S = 20.0  # of a blocking call of MPI's, for which all are there when it begins
 NOTICE_S = 1.0  # how long a blocking call of MPI's may go on after one who takes part in it has gone
 
 
