@@ -75,7 +75,8 @@ class Liveness:
 
     def watch(self, members: Iterable[Member]) -> None:
         """Watch these processes from now on, and no others."""
-        wanted = {member.id: member for member in members if member.pid != os.getpid()}
+        own = os.getpid(), self._host
+        wanted = {member.id: member for member in members if (member.pid, member.host) != own}
         for descriptor, number in list(self._descriptors.items()):
             if number not in wanted:
                 self._close(descriptor)

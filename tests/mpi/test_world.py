@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
-from hpc_elastic.model import Move
+from hpc_elastic.comm.user import UserComm
+from hpc_elastic.comm.waiting import Watch
+from hpc_elastic.comm.world import vendor
+from hpc_elastic.model import Generation, Move
 from hpc_elastic.partition import block
 from hpc_elastic.redistribute import DistributedArray
 from hpc_elastic.reduce import SMALL_BYTES, Sum
@@ -90,3 +95,48 @@ def test_state_travels_whole(world):
         registry.receive(world)
     np.testing.assert_array_equal(state["big"], big)
     assert state["step"] == 7
+
+
+def test_users_calls_are_marked(world):
+    """While a call of the user's own lasts, the rank knows with whom it may be stuck."""
+    seen = []
+
+    @contextlib.contextmanager
+    def mark(members):
+        seen.append(tuple(members))
+        yield
+
+    members = world.generation.members
+    comm = UserComm.marked(world.comm.Dup(), mark, members)
+    assert comm.allreduce(1) == world.size
+    assert comm.size == comm.Get_size() == world.size
+    assert len(seen) >= 2
+    assert set(seen) == {members}
+    total = np.zeros(1)
+    comm.Allreduce(np.ones(1), total)
+    assert total[0] == world.size
+    other = comm.Dup()
+    assert other.bcast(world.rank) == 0
+    other.Free()
+    comm.Free()
+
+
+def test_survivors_come_together(world):
+    """Without the last rank, which takes no part in it."""
+    if world.size == 1 or vendor().shrinks:
+        pytest.skip("needs two ranks, and on Open MPI a dead one")
+    survivors = list(range(world.size - 1))
+    if world.rank in survivors:
+        members = world.generation.members[:-1]
+        rebuilt = world.rebuild(survivors, Generation(5, members), 3)
+        assert (rebuilt.rank, rebuilt.size) == (world.rank, len(survivors))
+        assert rebuilt.gather_all(bytes([rebuilt.rank])) == [bytes([rank]) for rank in survivors]
+        rebuilt.close()
+    world.barrier()
+
+
+def test_a_call_apart(world):
+    watch = Watch()
+    assert watch.apart(lambda: world.comm.allreduce(1)) == world.size
+    with pytest.raises(ZeroDivisionError):
+        watch.apart(lambda: 1 // 0)

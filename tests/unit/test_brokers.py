@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hpc_elastic.broker import local
 from hpc_elastic.broker.local import LocalBroker, Machine, Slot, read_machine, room
 from hpc_elastic.broker.script import ScriptBroker
+from hpc_elastic.broker.slots import Slots
 from hpc_elastic.errors import ConfigError
 from hpc_elastic.model import Lease
 
@@ -300,3 +301,38 @@ def test_this_machine_can_be_read():
     assert machine.cores >= 1
     assert machine.free_bytes > 0
     assert local.RESERVE == 0.1
+
+
+def test_a_barred_slot_rests():
+    """A slot where a rank could not start is not offered for a while; the others are."""
+    now = [0.0]
+    slots = Slots((), lambda: now[0])
+    slots.grant(3, 3)
+    slots.release((Lease(1), Lease(2)), 10.0)
+    assert slots.barred == 2
+    slots.grant(1, 1)
+    assert [lease.slot for lease in slots.leases] == [0, 3]
+    now[0] = 10.5
+    assert slots.barred == 0
+    slots.grant(2, 2)
+    assert [lease.slot for lease in slots.leases] == [0, 3, 1, 2]
+
+
+def test_a_barred_slot_is_no_longer_held():
+    slots = Slots((Lease(0),), lambda: 0.0)
+    slots.release((Lease(5),), 10.0)
+    assert slots.barred == 0
+    slots.release((Lease(0),), 10.0)
+    assert (slots.leases, slots.barred) == ((), 1)
+
+
+@pytest.mark.parametrize("broker", [ScriptBroker(((0, 3),), (Lease(0),)), LocalBroker(3, leases=(Lease(0),))])
+def test_brokers_offer_no_barred_slots(broker):
+    broker.poll(0, 0.0, 1)
+    broker.request(1, 1.0)
+    broker.release((Lease(1),), 100.0)
+    supply = broker.poll(0, 0.0, 1)
+    assert supply.offered == 1
+    assert "could not start" in supply.why
+    broker.request(5, 1.0)
+    assert [lease.slot for lease in broker.poll(0, 0.0, 1).leases] == [0, 2]
