@@ -17,6 +17,7 @@ FILE_VARIABLE = PREFIX + "CONFIG"
 RUN_VARIABLE = PREFIX + "RUN"
 SUPERVISED_VARIABLE = PREFIX + "SUPERVISED"
 DOOR_VARIABLE = PREFIX + "DOOR"  # in newcomers: where their guard hands the launcher's gifts over
+STDERR_VARIABLE = "_" + PREFIX + "STDERR"  # in guarded ranks: descriptor of the stderr that their guard has
 FAULT_VARIABLE = PREFIX + "FAULT"  # for tests: see `hpc_elastic.faults`
 NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, DOOR_VARIABLE, FAULT_VARIABLE}
 

@@ -22,7 +22,21 @@ from .config import FAULT_VARIABLE as VARIABLE
 from .errors import ConfigError, JobError
 
 STAGES = (
-    *("request", "start", "warm", "spawn", "init", "gather", "drain", "merge", "sync", "redistribute", "split", "commit", "retire"),
+    *(
+        "request",
+        "start",
+        "warm",
+        "spawn",
+        "init",
+        "gather",
+        "drain",
+        "merge",
+        "sync",
+        "redistribute",
+        "split",
+        "commit",
+        "retire",
+    ),
     *("point", "sum", "detect", "agree", "rebuild", "restore", "snapshot", "write", "manifest", "end"),
 )
 ACTIONS = ("kill", "stop", "delay", "raise", "disk-full")

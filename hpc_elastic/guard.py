@@ -2,11 +2,17 @@
 
     python -I -S guard.py RUN MEMBER COMMAND...               a seed rank, under its launcher
     python -I -S guard.py --warm SOCKET RUN MEMBER COMMAND... a newcomer, which warms up before it has a launcher
+    python -I -S guard.py --stand-in COMMAND...               who takes a newcomer's place in MPI_Init, for `handover.py`
 
-MPICH's launcher ends the whole job when a process that it started is gone without closing its PMI session. So each rank has
-a guard, which closes the session in the place of a rank that died. The death is written to the run directory, where the
-other ranks see it. A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts when the newcomer is
-wanted and which brings it what the launcher gave: variables, and the descriptor of the PMI session.
+A guard judges nothing. It writes down how its rank ended, in ``RUN/ranks/MEMBER.end.json``, with the last words from the
+rank's stderr, which goes through its hands; and it keeps the launcher calm, so that the other ranks can go on. MPICH's ends
+the job when the connection of a rank (PMI) breaks off: the guard holds it too, and closes it properly in the end. Open MPI's
+ends the job when a process that it started ends with another code than 0: so the guard ends with 0. That a rank is lost,
+Open MPI's launcher knows from a connection of its own with it, and tells the others.
+
+A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts when the newcomer is wanted, and which brings
+it what the launcher gave: variables, and the descriptor of the PMI session. A rank is killed when ``RUN/condemned/MEMBER``
+is there, and a newcomer when the leader that started it is gone and it does not become a member: nobody else will call it.
 """
 
 from __future__ import annotations
@@ -19,160 +25,276 @@ import sys
 import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-DOOR = "HPC_ELASTIC_DOOR"
-LOOK_S = 0.5
-GRACE_S = 3.0
-ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+DOOR, STDERR = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR"
+LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
+SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
+PIPE = 1 << 16  # bytes that a pipe holds
+LAST_WORDS = 4096  # bytes
+LEAVE, STAND_IN = b"\0", b"\1"  # what handover.py is told, before the exit code
 
 
-def close_pmi_session(descriptor: int) -> None:
-    """Say to the launcher that this process is finished, as the dead rank can't any more (PMI-1 wire protocol)."""
-    try:
-        os.write(descriptor, b"cmd=finalize\n")
-        os.read(descriptor, 1024)
-    except OSError:
-        pass
+class Guard:
+    """The guard of one rank: a seed; with `path`, a newcomer; without `run`, somebody who stands in for one."""
 
+    def __init__(self, run: str, member: str, path: str = "") -> None:
+        self.run, self.member, self.path = run, member, path
+        self.session = -1 if path else int(os.environ.get("PMI_FD", "-1"))
+        self.listener: _socket.socket | None = None  # where handover.py comes
+        self.caller: _socket.socket | None = None  # handover.py
+        self.door: _socket.socket | None = None  # to the newcomer, which says there when MPI_Init has returned
+        self.initialised = not path
+        self.leader = -1  # pidfd of who started this newcomer, while it is there
+        self.alone_since = float("inf")
+        self.unsaid = self.words = b""  # what is to be written to stderr, and the last of what was
+        self.kill_at = float("inf") if run else time.monotonic() + STAND_IN_S
 
-def record_death(run: str, member: int, pid: int, how: str) -> None:
-    """Write the run's failure, unless a rank has written one."""
-    import json  # only now: a rank that ends well should not pay for it
+    def start(self, command: list[str]) -> None:
+        """Start the rank."""
+        self.stderr, theirs = os.pipe()
+        os.set_blocking(self.stderr, False)
+        given = [theirs, os.dup(2)]
+        os.environ[STDERR] = str(given[1])  # for newcomers that this rank starts: they outlive this guard
+        if self.path:
+            given.append(self.open_door())
+            os.environ[DOOR] = str(given[2])
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal that comes now waits for the handlers
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(theirs, 2)
+            for descriptor in given[1:]:
+                os.set_inheritable(descriptor, True)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+            try:
+                os.execvp(command[0], command)  # noqa: S606  (a shell is just what it must not be)
+            except OSError as problem:
+                os.write(2, f"hpc_elastic guard: {command[0]}: {problem.strerror}\n".encode())
+                os._exit(127)
+        self.rank = os.pidfd_open(self.pid)
+        for number in FORWARDED:
+            signal.signal(number, self.pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        for descriptor in given:
+            os.close(descriptor)
 
-    host = os.uname().nodename
-    error = f"process {member} (pid {pid} on {host}) {how}"
-    beside = os.path.join(run, f".failure.guard.{os.getpid()}")
-    failure = {"error": error, "traceback": "", "member": member, "rank": -1, "host": host, "generation": -1, "step": -1}
-    try:
-        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            json.dump(failure, file)
+    def open_door(self) -> int:
+        """Listen for handover.py, watch the leader, and return the newcomer's end of its door."""
+        self.leader = os.pidfd_open(os.getppid())
+        self.listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
+        # The way through /proc is short, however long the run directory's name is: a socket's has 107 bytes at most.
+        self.listener.bind(f"/proc/self/fd/{folder}/{os.path.basename(self.path)}")
+        self.listener.listen(1)
+        os.close(folder)
+        self.door, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        return theirs.detach()
+
+    def close_door(self) -> None:
+        """Listen no more."""
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass  # the run directory may be gone
+
+    # --- while the rank lives -----------------------------------------------------------------------------------------
+
+    def send(self, number: int) -> None:
+        """Send the rank a signal."""
         try:
-            os.link(beside, os.path.join(run, "failure.json"))
-        except FileExistsError:
-            pass
-        os.unlink(beside)
-    except OSError as problem:
-        sys.stderr.write(f"hpc_elastic guard: {error}; could not be recorded in {run}: {problem}\n")
-
-
-def end(pid: int) -> None:
-    """End the rank, which may not heed SIGTERM."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE_S
-        try:
-            os.kill(pid, number)
-            while number == signal.SIGTERM and time.monotonic() < deadline and os.waitid(os.P_PID, pid, ENDED) is None:
-                time.sleep(0.02)
-        except (ProcessLookupError, ChildProcessError):
-            return
-
-
-def left_well(run: str, member: str) -> bool:
-    """Tell whether the rank says of itself that it was done with the job."""
-    try:
-        with open(os.path.join(run, "ranks", member + ".json"), encoding="utf-8") as file:
-            record = file.read()
-    except OSError:
-        return False
-    return any(f'"outcome":"{outcome}"' in record for outcome in ("retired", "cancelled", "ended"))
-
-
-def pass_signals_on(pid: int, *, joined: bool) -> None:
-    """Pass signals to the guard on to the rank; one that has not joined the job is ended for good by SIGTERM."""
-
-    def handle(number: int, _: object) -> None:
-        if number == signal.SIGTERM and not joined:
-            end(pid)
-            return
-        try:
-            os.kill(pid, number)
+            signal.pidfd_send_signal(self.rank, number)
         except ProcessLookupError:
             pass  # it has just ended
 
-    for number in FORWARDED:
-        signal.signal(number, handle)
+    def end(self) -> None:
+        """End the rank, which may not heed SIGTERM."""
+        if self.kill_at == float("inf"):
+            self.kill_at = time.monotonic() + GRACE_S
+            self.send(signal.SIGTERM)
 
+    def pass_on(self, number: int, _: object) -> None:
+        """Pass a signal to the guard on to the rank; one that has not joined the job is ended for good by SIGTERM."""
+        if number == signal.SIGTERM and self.listener is not None:
+            self.end()
+        else:
+            self.send(number)
 
-def start(command: list[str], *, joined: bool) -> int:
-    """Start the rank and return its pid."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal that comes now waits for the handlers
-    pid = os.fork()
-    if pid == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    def watch(self) -> None:
+        """Serve the rank until it has ended."""
+        next_look = 0.0
+        while True:
+            sockets = [socket.fileno() for socket in (self.listener, self.door, self.caller) if socket is not None]
+            watched = [descriptor for descriptor in (self.rank, self.leader) if descriptor >= 0]
+            heard = [self.stderr] if self.stderr >= 0 and len(self.unsaid) < PIPE else []
+            ready, free, _ = select.select(sockets + watched + heard, [2] if self.unsaid else [], [], LOOK_S)
+            if free:
+                self.say()
+            if self.stderr in ready:
+                self.hear()
+            if self.rank in ready:
+                return
+            if self.door is not None and self.door.fileno() in ready:
+                self.answer(self.door)
+            if self.caller is not None and self.caller.fileno() in ready:
+                self.caller = None  # the launcher has ended it
+                self.end()
+            if self.listener is not None and self.listener.fileno() in ready:
+                self.hand_on(self.listener)
+            if self.leader in ready:
+                self.leader, self.alone_since = -1, time.monotonic()
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_S
+                self.look()
+
+    def there(self, *names: str) -> bool:
+        """Tell whether there is such a file in the run directory."""
         try:
-            os.execvp(command[0], command)  # noqa: S606  (a shell is just what it must not be)
+            os.stat(os.path.join(self.run, *names))
         except OSError as problem:
-            sys.stderr.write(f"hpc_elastic guard: {command[0]}: {problem.strerror}\n")
-            os._exit(127)
-    pass_signals_on(pid, joined=joined)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    return pid
+            # No word from a file system is not the word that the run directory is gone.
+            return not names and not isinstance(problem, FileNotFoundError)
+        return True
 
+    def look(self) -> None:
+        """Look for reasons to end the rank."""
+        now = time.monotonic()
+        if self.alone_since <= now and self.there("ranks", f"{self.member}.json"):
+            self.alone_since = float("inf")  # it is a member, on its own
+        # Once it is connected, it may become a member with those that survive the leader.
+        forgotten = now - self.alone_since > (GRACE_S if self.caller is not None else 0)
+        if self.run and (not self.there() or (self.listener is not None and self.there("failure.json"))):
+            self.end()
+        if now >= self.kill_at or forgotten or (self.run and self.there("condemned", self.member)):
+            self.send(signal.SIGKILL)
 
-def hand_on(listener: _socket.socket, door: _socket.socket, pid: int, run: str) -> tuple[_socket.socket | None, int | None]:
-    """Wait for handover.py and hand its gifts on to the rank; return its connection and the PMI descriptor, or None."""
-    child = os.pidfd_open(pid)
-    ready: list[int] = []
-    while not ready:
-        ready, _, _ = select.select([listener.fileno(), child], [], [], LOOK_S)
-        if not ready and (os.path.exists(os.path.join(run, "failure.json")) or not os.path.isdir(run)):
-            end(pid)  # nobody will come any more
-    os.close(child)
-    if listener.fileno() not in ready:
-        return None, None
-    caller = _socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]  # noqa: SLF001
-    data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
-    door.sendmsg([data], ancillary)
-    descriptors = [int.from_bytes(item[2][:4], sys.byteorder) for item in ancillary]
-    return caller, descriptors[0] if descriptors else None
+    def hear(self) -> None:
+        """Take what the rank wrote to its stderr."""
+        try:
+            data = os.read(self.stderr, PIPE)
+        except BlockingIOError:
+            return
+        if not data:
+            self.stderr = -1
+        self.unsaid += data
+        self.words = (self.words + data)[-LAST_WORDS:]
+
+    def say(self) -> None:
+        """Write as much of it to stderr as that takes without blocking."""
+        try:
+            self.unsaid = self.unsaid[os.write(2, self.unsaid[: select.PIPE_BUF]) :]
+        except OSError:
+            self.unsaid = b""  # nobody is there to read it
+
+    def answer(self, door: _socket.socket) -> None:
+        """Take the newcomer's word that MPI_Init has returned."""
+        try:
+            word = door.recv(1)
+        except OSError:
+            word = b""  # it ended before it had taken the gifts
+        if word:
+            self.initialised = True
+        else:
+            self.door = None
+
+    def hand_on(self, listener: _socket.socket) -> None:
+        """Take the launcher's gifts from handover.py and hand them on to the newcomer."""
+        caller = _socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]  # noqa: SLF001
+        caller.settimeout(ANSWER_S)
+        try:
+            data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
+        except OSError:
+            data = b""
+        if data and self.door is not None:
+            self.caller = caller
+            descriptors = ancillary[0][2] if ancillary else b""
+            given = [int.from_bytes(descriptors[at : at + 4], sys.byteorder) for at in range(0, len(descriptors), 4)]
+            stdout, stderr, self.session = (*given, -1)[:3]
+            self.close_door()
+            try:
+                self.door.sendmsg([data], ancillary)
+            except OSError:
+                pass  # the newcomer has just ended
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(stdout)
+
+    # --- when it has ended --------------------------------------------------------------------------------------------
+
+    def bury(self) -> int:
+        """Record how the rank ended, put things right with its launcher, and return the code to end with."""
+        if self.stderr >= 0:
+            self.hear()  # one reading takes all that a pipe holds; others who may hold its end are not waited for
+        _, status, usage = os.wait4(self.pid, 0)
+        ended = os.waitstatus_to_exitcode(status)
+        code = ended if ended >= 0 else 128 - ended
+        if self.run:
+            self.record(code, max(0, -ended), usage.ru_maxrss * 1024)
+        if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
+            self.answer(self.door)
+        # If there are no others, or the job has failed, the launcher may know how it ended.
+        last = self.there("failure.json") or not (self.path or self.there("ranks", f"{self.member}.json"))
+        told = code if self.run and last else 0
+        led = self.leader >= 0 and not select.select([self.leader], [], [], 0)[0]
+        wanted = self.caller is not None and not self.initialised and led
+        if self.session >= 0:
+            self.settle(close=not wanted)
+        if self.caller is not None:
+            try:
+                self.caller.send((STAND_IN if wanted else LEAVE) + bytes([told]))
+            except OSError:
+                pass
+        self.close_door()
+        while self.unsaid and select.select([], [2], [], GRACE_S)[1]:
+            self.say()
+        return code if self.path else told
+
+    def settle(self, *, close: bool) -> None:
+        """Put the PMI session in order, and if asked to close it, as the rank can't any more (PMI-1 wire protocol)."""
+        try:
+            # The launcher fails if nobody takes its answer to what the rank has asked; nor must another get that.
+            while select.select([self.session], [], [], SETTLE_S)[0] and os.read(self.session, PIPE):
+                pass
+            if close:
+                os.write(self.session, b"cmd=finalize\n")
+                select.select([self.session], [], [], ANSWER_S)
+        except OSError:
+            pass  # the rank has closed it itself, or the launcher is gone
+
+    def record(self, code: int, number: int, peak_bytes: int) -> None:
+        """Write down how the rank ended."""
+        from _json import encode_basestring_ascii as quoted  # json itself takes some ms to import, and others wait for this
+
+        words, host = self.words.decode(errors="replace"), os.uname().nodename
+        text = (
+            f'{{"member":{int(self.member)},"pid":{self.pid},"host":{quoted(host)},"code":{code},"signal":{number},'
+            f'"time":{time.time()},"peak_bytes":{peak_bytes},"last_words":{quoted(words)}}}'
+        )
+        folder, name = os.path.join(self.run, "ranks"), f"{self.member}.end.json"
+        beside = os.path.join(folder, f".{name}.{os.getpid()}")
+        try:
+            with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(text)
+            os.rename(beside, os.path.join(folder, name))
+        except OSError as problem:
+            how = f"was killed by signal {number}" if number else f"ended with exit code {code}"
+            text = f"process {self.member} (pid {self.pid} on {host}) {how}; could not be recorded in {self.run}: {problem}"
+            self.unsaid += f"hpc_elastic guard: {text}\n".encode()
 
 
 def main() -> None:
     """Be the guard of one rank."""
     arguments = sys.argv[1:]
-    caller: _socket.socket | None = None
-    session: int | None = int(os.environ.get("PMI_FD", "-1"))
-    if arguments[0] == "--warm":
-        _, path, run, member, *command = arguments
-        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-        # The way through /proc is short, however long the run directory's name is: a socket's has 107 bytes at most.
-        listener.bind(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
-        listener.listen(1)
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-        os.set_inheritable(theirs.fileno(), True)
-        os.environ[DOOR] = str(theirs.fileno())
-        pid = start(command, joined=False)
-        theirs.close()
-        caller, session = hand_on(listener, ours, pid, run)
-        listener.close()
-        try:
-            os.unlink(path)
-        except OSError:
-            pass  # the run directory may be gone
-        joined = caller is not None
-        pass_signals_on(pid, joined=joined)
+    if arguments[0] == "--stand-in":
+        guard, command = Guard("", ""), arguments[1:]
+    elif arguments[0] == "--warm":
+        guard, command = Guard(arguments[2], arguments[3], arguments[1]), arguments[4:]
     else:
-        run, member, *command = arguments
-        pid = start(command, joined=True)
-        joined = True
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code != 0 and joined and not left_well(run, member):
-        names = {number.value: number.name for number in signal.Signals}  # most real-time signals have none
-        how = (
-            f"was killed by signal {-code} ({names.get(-code, 'real-time')})" if code < 0 else f"ended with exit code {code}"
-        )
-        record_death(run, int(member), pid, how)
-        if session is not None and session >= 0:
-            close_pmi_session(session)
-    verdict = code if code >= 0 else 128 - code
-    if caller is not None:
-        try:
-            caller.send(bytes([verdict]))
-        except OSError:
-            pass
-    os._exit(verdict)
+        guard, command = Guard(arguments[0], arguments[1]), arguments[2:]
+    guard.start(command)
+    guard.watch()
+    os._exit(guard.bury())
 
 
 main()

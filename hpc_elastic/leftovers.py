@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from .comm.vendor import orphaned_shared_memory
+from .comm.vendor import orphaned_files, orphaned_shared_memory
 from .config import RUN_VARIABLE
 
 PROC = Path("/proc")
@@ -70,6 +70,8 @@ def remove(run: Path, since: float) -> list[int]:
 
 
 def remove_shared_memory(since: float) -> None:
-    """Remove shared memory of after the time `since` that nobody maps."""
+    """Remove shared memory of after the time `since` that nobody maps, and files of launchers that were killed."""
     for segment in orphaned_shared_memory(since):
         segment.unlink(missing_ok=True)
+    for file in orphaned_files(since):
+        file.unlink(missing_ok=True)

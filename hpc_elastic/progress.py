@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -121,7 +122,8 @@ def _new_bar() -> Bar:
 
 
 def _write(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 

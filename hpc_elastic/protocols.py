@@ -33,7 +33,7 @@ class Broker(Protocol):
         ...
 
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
-        """Give leases back; their ranks have gone. Slots where a rank could not start are not offered for `bar_s` seconds."""
+        """Give leases back; their ranks have gone. Slots where one could not start are not offered for `bar_s` seconds."""
         ...
 
 

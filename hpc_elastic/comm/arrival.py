@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from mpi4py import MPI
 
 from .. import faults
+from ..config import STDERR_VARIABLE
 from ..errors import JobError
 from ..rundir import RunDirectory
 from .bridge import PACKAGE, Bridge, socket_of, without_session
@@ -41,7 +42,7 @@ from .messages import (
 )
 from .waiting import forsake, send
 
-LONGEST_INIT_S = 30.0  # from the handover until MPI_Init has returned
+LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
 
 
@@ -110,6 +111,7 @@ class Arrivals:
         self._beats = beats
         self._next_beats = 0.0
         self._error = ""
+        self._called_off = self._gathering = False
         for arrival in arrivals:
             report_file(run, arrival.options.member).unlink(missing_ok=True)
             if arrival.tether is None:
@@ -127,7 +129,10 @@ class Arrivals:
         guard = [sys.executable, "-I", "-S", str(PACKAGE / "guard.py"), "--warm", socket_of(self._run, options.member)]
         worker = [sys.executable, "-m", "hpc_elastic.worker", options.run_dir, str(options.member)]
         return subprocess.Popen(
-            [*guard, options.run_dir, str(options.member), *worker], env=without_session(), stdin=subprocess.DEVNULL
+            [*guard, options.run_dir, str(options.member), *worker],
+            env=without_session(),
+            stdin=subprocess.DEVNULL,
+            stderr=int(os.environ.get(STDERR_VARIABLE, "2")),  # not through this rank's guard, which goes with it
         )
 
     # --- while they are under way -------------------------------------------------------------------------------------
@@ -205,11 +210,14 @@ class Arrivals:
             thread.start()
         for thread in threads:
             thread.join()
-        if not any(arrival.error for arrival in self.all):
-            try:
-                self._gather([arrival.line for arrival in self.all if arrival.line is not None])
-            except (MPI.Exception, JobError) as error:
-                self._error = f"the newcomers could not be brought together: {error}"
+        if self._called_off or any(arrival.error for arrival in self.all):
+            self._send_home()
+            return
+        self._gathering = True
+        try:
+            self._gather([arrival.line for arrival in self.all if arrival.line is not None])
+        except (MPI.Exception, JobError) as error:
+            self._error = f"the newcomers could not be brought together: {error}"
 
     def _connect(self, lot: list[Arrival]) -> None:
         for arrival in lot:
@@ -250,14 +258,19 @@ class Arrivals:
 
     def dismiss(self) -> None:
         """Send all away again, without waiting for them."""
+        self._called_off = True
         if self._bringing is not None and self._bringing.is_alive():
             forsake(self._bringing)
-            self.terminate()
-            return
+            if self._gathering:
+                self.terminate()  # they may sit in calls that nobody will join
+        elif self._bringing is None or self._gathering:
+            self._send_home()
+
+    def _send_home(self) -> None:
         for arrival in self.all:
-            self._order(arrival, Call(order="go"))
-        for arrival in self.all:
-            if arrival.line is None:
+            if arrival.line is not None or arrival.guard is None:
+                self._order(arrival, Call(order="go"))
+            else:
                 arrival.end()
         self.close()
 

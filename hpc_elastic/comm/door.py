@@ -34,7 +34,7 @@ from .messages import (
 from .waiting import Watch, limited, take, take_any
 from .world import together
 
-LONGEST_INIT_S = 20
+LONGEST_INIT_S = 10
 LARGEST = 1 << 18  # bytes of a handover at most
 
 
@@ -47,8 +47,14 @@ def accept_handover(door: int) -> None:
         for item in data.split(b"\0"):
             name, value = os.fsdecode(item).split("=", 1)
             os.environ[name] = value
-        for _, _, descriptors in ancillary:
-            os.environ["PMI_FD"] = str(int.from_bytes(descriptors[:4], sys.byteorder))
+        (rights,) = [rights for _, _, rights in ancillary]
+        stdout, stderr, *session = [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
+        sys.stdout.flush()
+        os.dup2(stdout, 1)  # what it had so far was the leader's
+        os.close(stdout)
+        os.close(stderr)  # for the guard, which stderr goes through
+        if session:
+            os.environ["PMI_FD"] = str(session[0])
         with limited(LONGEST_INIT_S):
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
         guard.send(b"i")  # from now on nobody has to stand in for this process if it dies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ class Vendor:
         at nearly full speed. Where they don't, ULFM ends most such calls, and a rank that stays in one has to end itself.
     leaves_shared_memory : tuple of str
         Patterns below ``/dev/shm`` of what a killed job leaves there.
+    leaves_files, proxy : str
+        Pattern of the files that a killed launcher leaves, and the name of the process that needs them.
     facts : dict
         What it can do, for people.
     """
@@ -53,6 +56,8 @@ class Vendor:
     joins: bool
     calls_apart: bool
     leaves_shared_memory: tuple[str, ...]
+    leaves_files: str = ""
+    proxy: str = ""
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,6 +74,8 @@ VENDORS = (
         joins=True,
         calls_apart=True,
         leaves_shared_memory=("mpich_*", "ucx_shm_*"),
+        leaves_files="hydra_hwloc_xmlfile_*",
+        proxy="hydra_pmi_proxy",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
@@ -144,6 +151,7 @@ def _only_loopback() -> bool:
         return False
 
 
+LAUNCHERS_FILES = Path("/tmp")  # noqa: S108  (hard-coded in Hydra)
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (where the MPIs put their segments)
 
 
@@ -176,6 +184,27 @@ def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
         if status.st_uid == os.geteuid() and status.st_mtime >= since:
             found.append(path)
     return unmapped(found)
+
+
+def orphaned_files(since: float = 0.0) -> list[Path]:
+    """Return what launchers of this user, killed after the time `since`, left among the temporary files."""
+    found = []
+    for vendor in VENDORS:
+        for path in LAUNCHERS_FILES.glob(vendor.leaves_files) if vendor.leaves_files else []:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if status.st_uid == os.geteuid() and status.st_mtime >= since and not _runs(vendor.proxy):
+                    found.append(path)
+    return found
+
+
+def _runs(name: str) -> bool:
+    """Tell whether a process of this `name` runs, whoever's; its kernel's name has 15 characters."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "comm").read_text().rstrip("\n") == name[:15]:
+                return True
+    return False
 
 
 def unmapped(paths: list[Path]) -> list[Path]:

@@ -176,10 +176,11 @@ def watch_for_failure(job: Job) -> None:
             os._exit(1)
 
     def ends(reason: str) -> None:
+        # It is a lost rank from now on; the others judge, those that are stuck as it is end in the same way.
         with contextlib.suppress(OSError, ElasticError):
-            if job.membership.entered:
-                session.run.fail(_failure(job, reason, kind="lost"))
             session.record(job.member, "failed", reason)
+            sys.stderr.write(f"hpc_elastic: process {job.member.id} ends itself: {reason}\n")
+            sys.stderr.flush()
         _remove_shared_memory()
         os._exit(EXIT_CALLED_OFF)
 

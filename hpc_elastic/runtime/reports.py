@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Reports:
     def say(self, text: str) -> None:
         """Tell people, on the terminal and in the events."""
         self.log.write(events.Notice(text=text))
-        sys.stderr.write(f"hpc_elastic: {text}\n")
+        _tell(f"hpc_elastic: {text}\n")
 
     def epoch(self, here: Here, ranks: int) -> None:
         """Report the end of an epoch."""
@@ -99,7 +100,7 @@ class Reports:
                 recovery_s=sum(seconds.values()),
             )
         )
-        sys.stderr.write(f"hpc_elastic: {how}: {before} -> {after} ranks, going on at step {here.cursor.step}\n")
+        _tell(f"hpc_elastic: {how}: {before} -> {after} ranks, going on at step {here.cursor.step}\n")
 
     def status(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> None:
         """Rewrite the status, and show it."""
@@ -131,3 +132,8 @@ class Reports:
         self.log.write(events.Ended(steps=here.cursor.step, seconds=seconds, ranks=world.size, stopped=stopped))
         self.status(here, world, office, "stopped" if stopped else "ended")
         self._progress.close()
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        sys.stderr.write(text)

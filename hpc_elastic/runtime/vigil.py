@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from .. import faults
 from ..comm.liveness import Liveness
 from ..comm.waiting import LONGEST_CALL_S, Lost
+from ..config import STDERR_VARIABLE
 from ..model import Member
+from .stuck import Stuck
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +47,8 @@ class Vigil:
         self._lock = threading.Lock()  # the thread looks as well
         self._blocked: tuple[tuple[Member, ...], float, float] | None = None
         self._lost_since: tuple[int, float] | None = None
+        self._stuck_in_mpi = Stuck()
+        self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
@@ -111,6 +115,10 @@ class Vigil:
 
     def _stuck(self) -> str:
         """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""
+        if self._guard and os.getppid() != self._guard:
+            return "its guard is gone, which answers for it to the launcher"
+        if (seconds := self._stuck_in_mpi.seconds()) > LONGEST_CALL_S:
+            return f"a call of MPI's did not return within {seconds:.0f} s"
         blocked = self._blocked
         if blocked is None:
             return self._bereft()
