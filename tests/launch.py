@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_elastic import events
 from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare, unmapped
+
+from .afterwards import unfinished
 
 ROOT = Path(__file__).parent.parent
 MARK = "JOB_UNDER_TEST"
 SCRIPTS = Path(__file__).parent / "elastic" / "scripts"
 GONE_WITHIN_S = 5.0
+LAUNCHERS = ("mpiexec", "mpiexec.hydra", "hydra_pmi_proxy")
+LAUNCHERS_FILES = "hydra_hwloc_xmlfile_*"  # in /tmp, whatever TMPDIR says
 
 
 @dataclass
@@ -43,9 +47,14 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.limit_s = limit_s
         self._begun = time.monotonic()
+        self._since = time.time()
         self._shared = _shared_memory()
+        self._folder = folder
         self._files = folder / f"out-{self.mark[:8]}", folder / f"err-{self.mark[:8]}"
-        environment = {**os.environ, **(environ or {}), MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        self._temporary = folder / f"tmp-{self.mark[:8]}"
+        self._temporary.mkdir()
+        own = {MARK: self.mark, "PYTHONPATH": str(ROOT), "TMPDIR": str(self._temporary)}
+        environment = {**os.environ, **(environ or {}), **own}
         prepare(environment)
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
@@ -89,7 +98,7 @@ class Job:
         try:
             self.process.wait(max(1.0, self.limit_s - (time.monotonic() - self._begun)))
         except subprocess.TimeoutExpired:
-            stacks = "\n".join(_stack(pid) for pid in self.left())
+            stacks = self.stacks()
             self._kill()
             out, err = self.text()
             raise AssertionError(
@@ -97,20 +106,34 @@ class Job:
             ) from None
         seconds = time.monotonic() - self._begun
         if clean:
-            self._look_for_rests()
+            self.look_for_rests()
         return Done(self.process.returncode, *self.text(), seconds)
 
-    def _look_for_rests(self) -> None:
+    def stacks(self) -> str:
+        """Return the stacks of its processes."""
+        return "\n".join(_stack(pid) for pid in self.left())
+
+    def look_for_rests(self) -> None:
+        """Look for what it left behind: processes, shared memory, files."""
         deadline = time.monotonic() + GONE_WITHIN_S
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.02)
         if left:
-            stacks = "\n".join(_stack(pid) for pid in left)
+            stacks = self.stacks()
             self._kill()
-            raise AssertionError(f"processes left behind: {left}\n{stacks}\n{self.text()}")
+            raise AssertionError(f"processes left behind: {left}\n{stacks}\n{self.text()[1]}")
         # Segments that a process maps are another job's.
         rests = unmapped([Path("/dev/shm") / name for name in _shared_memory() - self._shared])
-        assert not rests, f"left in /dev/shm: {rests}\n{self.text()}"
+        assert not rests, f"left in /dev/shm: {rests}\n{self.text()[1]}"
+        rests = [*self._temporary_files(), *(path for run in _runs(self._folder) for path in unfinished(run))]
+        assert not rests, f"files left behind: {', '.join(map(str, rests))}\n{self.text()[1]}"
+
+    def _temporary_files(self) -> list[Path]:
+        found = list(self._temporary.rglob("*"))
+        if not _runs_somewhere(LAUNCHERS):  # else they may be another job's
+            since = [path for path in Path("/tmp").glob(LAUNCHERS_FILES) if path.stat().st_mtime >= self._since]
+            found.extend(since)
+        return found
 
     def _kill(self) -> None:
         for pid in self.left():
@@ -121,9 +144,25 @@ class Job:
         self.process.wait()
 
 
+def _runs(folder: Path) -> list[Path]:
+    """Return the run directories in `folder`, and in ``runs/`` there."""
+    return [path.parent for pattern in ("*/ranks", "runs/*/ranks") for path in folder.glob(pattern)]
+
+
+def _runs_somewhere(names: Sequence[str]) -> bool:
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "comm").read_text().strip() in names:
+                return True
+        except OSError:
+            continue
+    return False
+
+
 def _stack(pid: int) -> str:
-    tool = Path(sys.executable).parent / "py-spy"
-    if not tool.exists():
+    beside = Path(sys.executable).parent / "py-spy"
+    tool = beside if beside.exists() else shutil.which("py-spy")
+    if tool is None:
         return f"{pid}: no py-spy to show its stack"
     try:
         done = subprocess.run([tool, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20, check=False)
@@ -151,16 +190,6 @@ def mpiexec(n: int) -> list[str]:
     """Return the start of a command line under the launcher."""
     path, vendor = find_mpiexec()
     return [str(path), *vendor.launch, "-n", str(n), sys.executable]
-
-
-def resizes(path: Path) -> list[events.Resized]:
-    """Return the resizes of a run."""
-    return [event for event in events.read(path / "events.jsonl") if isinstance(event, events.Resized)]
-
-
-def refusals(path: Path) -> list[str]:
-    """Return the reasons of a run's refusals."""
-    return [event.reason for event in events.read(path / "events.jsonl") if isinstance(event, events.Refused)]
 
 
 def until(done, limit_s: float = 30.0) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from ..launch import SCRIPTS, Job, hpc_elastic, resizes
+from ..afterwards import resizes
+from ..launch import SCRIPTS, Job, hpc_elastic
 
 CYCLES, WARM_UP = 100, 5
 MOST_GROWTH_BYTES = 400_000  # a cycle; the MPIs themselves keep about 0.1 MB for each spawn

@@ -7,7 +7,8 @@ import pytest
 from hpc_elastic import events
 from hpc_elastic.rundir import RunDirectory
 
-from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python, refusals, until
+from ..afterwards import refusals
+from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python, until
 
 SOON_S = 5.0
 

@@ -8,7 +8,8 @@ import pytest
 
 from jobs.image.prepare import prepare
 
-from ..launch import Job, hpc_elastic, resizes
+from ..afterwards import resizes
+from ..launch import Job, hpc_elastic
 from .test_same_bits import check_ledger, sizes
 from .test_same_bits import timetable as random_timetable
 

@@ -6,7 +6,8 @@ import pytest
 
 from hpc_elastic.rundir import RunDirectory
 
-from ..launch import Job, hpc_elastic, mpiexec, refusals, resizes, until
+from ..afterwards import refusals, resizes
+from ..launch import Job, hpc_elastic, mpiexec, until
 
 TWO = """
 import time

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 
 from hpc_elastic.policy import Entry, Timetable
 
-from ..launch import SCRIPTS, Job, hpc_elastic, resizes
-from .conftest import SAMPLES
+from ..afterwards import check_ledger, resizes
+from ..launch import SCRIPTS, Job, hpc_elastic
+from ..shards import SAMPLES
 
 EPOCHS, BATCH = 3, 64
 STEPS = EPOCHS * -(-SAMPLES // BATCH)
@@ -32,15 +32,6 @@ def timetable(seed: int) -> Timetable:
         entries.append(Entry(step, ranks, leavers))
         size = ranks
     return Timetable(tuple(entries))
-
-
-def check_ledger(run, epochs: int, samples: int) -> None:
-    """Check that every sample stands exactly once per epoch in the run's ledger."""
-    rows = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in (run / "ledger").iterdir()])
-    for epoch in range(epochs):
-        seen = np.sort(rows[rows[:, 0] == epoch, 2])
-        np.testing.assert_array_equal(seen, np.arange(samples))
-    assert len(rows) == epochs * samples
 
 
 @pytest.fixture(scope="module")

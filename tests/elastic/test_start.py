@@ -6,7 +6,8 @@ import pytest
 
 from hpc_elastic.rundir import RunDirectory
 
-from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python, resizes
+from ..afterwards import resizes
+from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python
 
 EPOCHS = 3
 GROW = {
