@@ -42,6 +42,7 @@ from .messages import (
 )
 from .waiting import forsake, send
 
+LOOK_S = 0.25
 LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
 
@@ -222,10 +223,8 @@ class Arrivals:
     def _connect(self, lot: list[Arrival]) -> None:
         for arrival in lot:
             begun = self._clock()
-            # A newcomer that never comes out of MPI_Init would keep this rank in its call: its guard finds somebody else.
-            limit = threading.Timer(LONGEST_INIT_S, arrival.end)
-            limit.daemon = True
-            limit.start()
+            connected = threading.Event()
+            threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
             try:
                 faults.at("spawn")
                 # Nothing else collective here: MPICH mixes up the messages of two merges at a time.
@@ -234,7 +233,18 @@ class Arrivals:
             except (MPI.Exception, OSError, JobError) as error:
                 arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
             finally:
-                limit.cancel()
+                connected.set()
+
+    def _limit(self, arrival: Arrival, connected: threading.Event) -> None:
+        """End a newcomer that does not come out of MPI_Init: this rank is kept in its call until somebody stands in for it.
+
+        Not by the main thread, which may wait for MPI's lock meanwhile.
+        """
+        since = self._clock()
+        while not connected.wait(LOOK_S):
+            if self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S:
+                arrival.end()
+                return
 
     def _gather(self, lines: list[MPI.Intercomm]) -> None:
         for index, line in enumerate(lines):
