@@ -70,6 +70,7 @@ class Membership:
         self._verdict: Verdict | None = None
         self._moving: Transition | None = None
         self._settled: World | None = None
+        self._fresh: World | None = None  # while it is not certain that all survivors have it
         self._steps_of_losses: list[int] = []
         self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
         if door is not None:
@@ -230,7 +231,12 @@ class Membership:
         if self.member.id not in {member.id for member in verdict.survivors}:
             raise LostRank("the resize that this newcomer came for was called off, since a rank was lost")
         self._verdict, self._moving = verdict, None
+        if (foretold := self._foretold()) != UNKNOWN:
+            self._word = foretold  # for the next account
         committed = moving if moving is not None and verdict.generation == number + 1 else None
+        if self._fresh is not None and verdict.generation == self._fresh.generation.number:
+            self.world = self._fresh  # others are in it already, so all came through
+        self._fresh = None
         if moving is not None and committed is None:
             moving.roll_back()
         if committed is not None and committed.settled is not None:
@@ -271,10 +277,11 @@ class Membership:
         if self.leader is not None or verdict.survivors[0].id == self.member.id:
             send_away(verdict.dismissed, self.session.run)
         survivors = ranks_of(base.generation.members, verdict.survivors)
-        world = self.world = base.rebuild(survivors, generation_after(verdict), self.vigil.losses)
-        self.door = None
-        self._lead(world, committed.plan.office if committed is not None and committed.plan is not None else None)
+        world = self._fresh = base.rebuild(survivors, generation_after(verdict), self.vigil.losses)
         world.open_user()
+        world.barrier()  # who is past it knows that all others have the new world
+        self.world, self._fresh, self.door = world, None, None
+        self._lead(world, committed.plan.office if committed is not None and committed.plan is not None else None)
 
     def _names(self, verdict: Verdict) -> str:
         """Return who was lost and how, for people."""
