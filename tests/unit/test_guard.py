@@ -349,6 +349,11 @@ def connect(path):
     return caller
 
 
+def give(caller, session):
+    """Hand over as handover.py does: variables, stdout, stderr and the PMI session."""
+    socket.send_fds(caller, [b"gifts"], [1, 2, session.fileno()])
+
+
 def test_a_newcomer_that_dies_before_it_is_wanted(run, tmp_path):
     assert done(warm(run, tmp_path / "door", *shell("exit 6"))).returncode == 6
     assert run.end_of(7).code == 6
@@ -359,7 +364,7 @@ def test_a_newcomer_that_dies_before_it_is_wanted(run, tmp_path):
 RANK = """
 import os, signal, socket, time
 door = socket.socket(fileno=int(os.environ["HPC_ELASTIC_DOOR"]))
-data, (session,), _, _ = socket.recv_fds(door, 1 << 18, 1)
+data, (stdout, stderr, session), _, _ = socket.recv_fds(door, 1 << 18, 3)
 os.write(session, b"rank " + data)
 {init}
 {end}
@@ -376,7 +381,7 @@ def test_what_the_launcher_gave_is_handed_on(run, tmp_path, end, code):
     rank = python(RANK.format(init=INIT, end=end))
     with session() as (theirs, heard), started(warm(run, folder / "door", *rank)) as process:
         with connect(folder / "door") as caller:
-            socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+            give(caller, theirs)
             theirs.close()
             assert caller.recv(10) == DONE
         assert process.wait(LIMIT_S) == code
@@ -388,7 +393,7 @@ def test_what_the_launcher_gave_is_handed_on(run, tmp_path, end, code):
 def test_how_a_newcomer_ended_is_told_when_the_job_has_failed(run, tmp_path):
     rank = python(RANK.format(init=INIT, end="time.sleep(.5); os._exit(3)"))
     with session() as (theirs, _), started(warm(run, tmp_path / "door", *rank)), connect(tmp_path / "door") as caller:
-        socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+        give(caller, theirs)
         assert run.fail(Failure(error="ValueError", traceback="", member=2, rank=1, host="node", generation=3, step=9))
         assert caller.recv(10) == bytes([0, 3])
 
@@ -397,7 +402,7 @@ def test_somebody_must_stand_in_for_a_newcomer_that_dies_in_mpi_init(run, tmp_pa
     """The session stays open for that one."""
     with session() as (theirs, heard), started(warm(run, tmp_path / "door", *python(RANK.format(init="", end=KILL)))):
         with connect(tmp_path / "door") as caller:
-            socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+            give(caller, theirs)
             assert caller.recv(10) == bytes([1, 0])
         assert b"".join(heard) == b"rank gifts"
 
@@ -433,7 +438,7 @@ def test_it_is_killed_in_mpi_init_too_and_nobody_stands_in_for_it(run, tmp_path)
     """Whoever called the newcomer waits no more."""
     rank = python(RANK.format(init="", end="signal.pause()"))
     with session() as (theirs, heard), led(run, tmp_path / "door", rank) as leader, connect(tmp_path / "door") as caller:
-        socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+        give(caller, theirs)
         theirs.close()
         until(lambda: heard)
         leader.stdin.close()
@@ -444,7 +449,7 @@ def test_it_is_killed_in_mpi_init_too_and_nobody_stands_in_for_it(run, tmp_path)
 def test_a_member_outlives_the_leader_that_started_it(run, tmp_path):
     rank = python(RANK.format(init=INIT, end="signal.pause()"))
     with session() as (theirs, heard), led(run, tmp_path / "door", rank) as leader, connect(tmp_path / "door") as caller:
-        socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+        give(caller, theirs)
         theirs.close()
         until(lambda: heard)
         becomes_member(run)
@@ -460,7 +465,7 @@ def test_a_newcomer_whose_launcher_has_given_it_up_is_ended(run, tmp_path):
     rank = python(RANK.format(init=INIT, end="signal.pause()"))
     with session() as (theirs, _), started(warm(run, tmp_path / "door", *rank)) as process:
         with connect(tmp_path / "door") as caller:
-            socket.send_fds(caller, [b"gifts"], [theirs.fileno()])
+            give(caller, theirs)
             theirs.close()
         process.wait(LIMIT_S)
     assert run.end_of(7).signal == signal.SIGTERM
@@ -498,11 +503,12 @@ def test_the_handover_stands_for_the_newcomer(tmp_path, answer, code):
         environ = {"PMI_FD": str(theirs.fileno())}
         giver = handover(tmp_path / "door", environ=environ, pass_fds=[theirs.fileno()])
         with giver as process, listener.accept()[0] as guard:
-            data, (descriptor,), _, _ = socket.recv_fds(guard, 1 << 18, 1)
+            data, (stdout, stderr, descriptor), _, _ = socket.recv_fds(guard, 1 << 18, 3)
             assert set(data.split(b"\0")) >= {b"PMI_RANK=0", f"PMI_FD={theirs.fileno()}".encode()}
             assert b"HOME" not in data
             os.write(descriptor, b"cmd=finalize\n")
-            os.close(descriptor)
+            for given in (stdout, stderr, descriptor):
+                os.close(given)
             guard.send(answer)
             assert process.wait(LIMIT_S) == code
 
@@ -516,7 +522,7 @@ class MPI:
 """
 
 
-@pytest.mark.parametrize("gone", ["never there", "told", "died"])
+@pytest.mark.parametrize("gone", ["never there", "told"])
 def test_somebody_stands_in_for_a_newcomer_that_is_gone(tmp_path, gone):
     """So that the leader's call returns. Under a guard of its own, the launcher keeps calm whatever becomes of it."""
     (tmp_path / "mpi4py.py").write_text(MPI4PY)
@@ -531,8 +537,22 @@ def test_somebody_stands_in_for_a_newcomer_that_is_gone(tmp_path, gone):
             theirs.close()
             if gone != "never there":
                 with listener.accept()[0] as guard:
-                    guard.send(b"\1\0" if gone == "told" else b"")
+                    guard.send(b"\1\0")
             out, _ = process.communicate(timeout=LIMIT_S)
             assert (process.returncode, out) == (0, "freed\n")
     assert b"".join(heard) == b"cmd=finalize\n"
     assert (tmp_path / "7.parent").read_text() == "port:connect"
+
+
+def test_the_handover_of_a_guard_that_was_killed_closes_the_session(tmp_path):
+    """The rank ends itself then; the launcher keeps calm."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, session() as (theirs, heard):
+        listener.bind(str(tmp_path / "7.sock"))
+        listener.listen(1)
+        environ = {"PMI_FD": str(theirs.fileno())}
+        with handover(tmp_path / "7.sock", environ=environ, pass_fds=[theirs.fileno()]) as process:
+            theirs.close()
+            with listener.accept()[0] as guard:
+                guard.recv(1 << 18)
+            assert process.wait(LIMIT_S) == 0
+    assert b"".join(heard) == b"cmd=finalize\n"
