@@ -64,6 +64,7 @@ class Fault:
         good = good and all(value.isdecimal() if key in NUMBERS else key == "role" for key, value in conditions.items())
         try:
             delay_s = float(seconds or 0)
+            good = good and 0 <= delay_s < float("inf")
         except ValueError:
             good = False
         if not good or conditions.get("role", ROLES[0]) not in ROLES:

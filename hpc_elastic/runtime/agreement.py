@@ -85,8 +85,7 @@ def awaited(accounts: Collection[Account], gone: Collection[int]) -> list[Member
     """Return who has to give an account still: all members, and newcomers where a resize is committed."""
     newest = max(account.generation for account in accounts)
     people = {member.id: member for account in accounts for member in account.members}
-    if any(account.generation < newest for account in accounts):
-        people |= {member.id: member for account in accounts for member in account.joining}
+    people |= {member.id: member for account in accounts if account.generation < newest for member in account.joining}
     known = {account.member.id for account in accounts}
     return [member for number, member in sorted(people.items()) if number not in known and number not in gone]
 
@@ -98,28 +97,35 @@ def judge(accounts: Sequence[Account], gone: Collection[int]) -> Verdict:
     the generation before.
     """
     newest = max(account.generation for account in accounts)
-    oldest = min(account.generation for account in accounts if account.member in account.members)
-    committed = newest > oldest
-    if committed:
-        members = next(account.members for account in accounts if account.generation == newest)
-    else:
-        members = next(account.members for account in accounts if account.generation == oldest)
+    inside = [account for account in accounts if account.member in account.members]
+    if not inside:  # only newcomers are left, who hold nothing
+        nobody, called = accounts[0].members, accounts[0].joining
+        return Verdict(
+            generation=newest,
+            survivors=(),
+            lost=nobody,
+            dismissed=called,
+            point=-1,
+            word=UNKNOWN,
+            redo=UNKNOWN,
+            step=0,
+        )
+    members = next(account.members for account in inside if account.generation == newest)
     within = {member.id for member in members}
     own = [account for account in accounts if account.member.id in within]
     survivors = tuple(member for member in members if member.id not in gone)
     lost = tuple(member for member in members if member.id in gone)
-    joining = {member.id: member for account in accounts for member in account.joining}
+    joining = {member.id: member for account in accounts if account.generation == newest for member in account.joining}
     place = max(account.place for account in own)
     words = {account.word for account in own if account.place // 2 == place // 2} - {UNKNOWN}
-    if not committed:
-        words.discard(RESIZE)  # to be decided anew
+    words.discard(RESIZE)  # to be decided anew, or behind those that are to go on
     unfinished = [account.place for account in own if account.place % 2 and not account.ready]
     reasons = [account.needs_all for account in own if account.needs_all]
     return Verdict(
-        generation=newest if committed else oldest,
+        generation=newest,
         survivors=survivors,
         lost=lost,
-        dismissed=() if committed else tuple(joining.values()),
+        dismissed=tuple(joining.values()),
         point=place // 2,
         word=words.pop() if words else UNKNOWN,
         redo=max(unfinished, default=UNKNOWN),

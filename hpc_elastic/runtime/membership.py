@@ -226,14 +226,16 @@ class Membership:
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()
+        self._verdict, self._moving = verdict, None
+        self._word = verdict.word if self._point == verdict.point else NOTHING  # for the next account
+        committed = moving if moving is not None and verdict.generation == number + 1 else None
+        if committed is not None and committed.settled is None:
+            self.retired, self.world, self.leader = True, None, None
+            raise Retired(f"process {self.member.id} left the job while another was lost")
         if verdict.refused:
             raise LostRank(self._names(verdict) + f", and can't be done without: {verdict.refused}")
         if self.member.id not in {member.id for member in verdict.survivors}:
-            raise LostRank("the resize that this newcomer came for was called off, since a rank was lost")
-        self._verdict, self._moving = verdict, None
-        if (foretold := self._foretold()) != UNKNOWN:
-            self._word = foretold  # for the next account
-        committed = moving if moving is not None and verdict.generation == number + 1 else None
+            raise LostRank("the others went on without this process: it had stalled, or its resize was called off")
         if self._fresh is not None and verdict.generation == self._fresh.generation.number:
             self.world = self._fresh  # others are in it already, so all came through
         self._fresh = None
@@ -269,10 +271,7 @@ class Membership:
     def _rebuild(self, verdict: Verdict, committed: Transition | None) -> None:
         """Come together with the other survivors: in the generation before, or in the one that was `committed`."""
         faults.at("rebuild")
-        base = self.world
-        if base is None or (committed is not None and committed.settled is None):
-            self.retired, self.world, self.leader = True, None, None
-            raise Retired(f"process {self.member.id} left the job while another was lost")
+        base = self.joined()
         self.vigil.watch(verdict.survivors)
         if self.leader is not None or verdict.survivors[0].id == self.member.id:
             send_away(verdict.dismissed, self.session.run)
