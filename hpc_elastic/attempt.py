@@ -87,6 +87,8 @@ class Attempt:
         The launcher.
     hangs : str
         Why it was given up, if it showed no sign of life.
+    lingers : bool
+        True if the job has ended well, but a process of it is stopped and will not end.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class Attempt:
         self._outlived = outlived
         self._begun = time.time()
         self._pulse = Pulse(run.path / "ranks")
-        self._next_look = self._failed_since = self._gone_since = 0.0
+        self._next_look = self._failed_since = self._gone_since = self._well_since = 0.0
+        self.lingers = False
         self.hangs = ""
         self.process = subprocess.Popen(command, env=environ, cwd=directory, start_new_session=True)
 
@@ -115,7 +118,14 @@ class Attempt:
                 return True
         elif lost and self._lingers(now, stall_s):
             return True
-        if well or now < self._next_look:
+        if well:
+            # What follows he.run in a script may take its time; but a process that is stopped will never end.
+            self._well_since = self._well_since or now
+            if now - self._well_since > SILENCE * stall_s and now >= self._next_look:
+                self._next_look = now + LOOK_S
+                self.lingers = leftovers.stopped(self._run.path)
+            return self.lingers
+        if now < self._next_look:
             return False
         self._next_look = now + min(LOOK_S, stall_s / 4)
         self.hangs = self._pulse.silence(stall_s, deadline_s)

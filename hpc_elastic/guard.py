@@ -206,14 +206,15 @@ class Guard:
             data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
         except OSError:
             data = b""
-        if data and self.door is not None:
+        if data:
             self.caller = caller
             descriptors = ancillary[0][2] if ancillary else b""
             given = [int.from_bytes(descriptors[at : at + 4], sys.byteorder) for at in range(0, len(descriptors), 4)]
             stdout, stderr, self.session = (*given, -1)[:3]
             self.close_door()
             try:
-                self.door.sendmsg([data], ancillary)
+                if self.door is not None:
+                    self.door.sendmsg([data], ancillary)
             except OSError:
                 pass  # the newcomer has just ended
             os.dup2(stderr, 2)
@@ -231,6 +232,8 @@ class Guard:
         code = ended if ended >= 0 else 128 - ended
         if self.run:
             self.record(code, max(0, -ended), usage.ru_maxrss * 1024)
+        if self.listener is not None and select.select([self.listener], [], [], 0)[0]:
+            self.hand_on(self.listener)  # handover.py came just now, and must be told
         if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
             self.answer(self.door)
         # If there are no others, or the job has failed, the launcher may know how it ended.

@@ -45,6 +45,15 @@ def processes(run: Path) -> list[int]:
     return found
 
 
+def stopped(run: Path) -> bool:
+    """Tell whether a process of `run` is stopped (proc(5), state T)."""
+    for pid in processes(run):
+        with contextlib.suppress(OSError):
+            if (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
+                return True
+    return False
+
+
 def _line() -> set[int]:
     """Return the process ids of this process and of all above it."""
     found, pid = set[int](), os.getpid()

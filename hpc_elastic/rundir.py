@@ -313,6 +313,8 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).rename(folder / name)
             fresh.rename(self.path / name)
+        for socket in (folder / "newcomers").glob("*.sock"):
+            socket.unlink()  # of guards that were killed
         for path in (self.path / "office.json", self._failure):  # the failure last: until then it looks like one that failed
             with contextlib.suppress(FileNotFoundError):
                 path.rename(folder / path.name)

@@ -135,7 +135,7 @@ class Supervisor:
             self._watch(attempt)
             well = self._ended_well()
         finally:
-            left = attempt.clean(thoroughly=not well)
+            left = attempt.clean(thoroughly=not well or attempt.lingers)
         if left:
             self._say(f"processes {left} can't be ended")
         return self._verdict(attempt)

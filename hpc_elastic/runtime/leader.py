@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import events
-from ..comm.liveness import alive
+from ..comm.liveness import Beats, alive
 from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
@@ -66,6 +66,7 @@ class Leader:
         self._saved_step, self._saved_s = -1, session.clock()
         self._next_status = 0.0
         self._leaving_since = session.clock()
+        self._beats = Beats(session.run, session.config.stall_s)
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
 
     @property
@@ -307,6 +308,9 @@ class Leader:
             )
             self.office = msgspec.structs.replace(self.office, leaving=())
             return True
+        for member in self.office.leaving:
+            if self._beats.stalled(member.id):
+                self.session.run.condemn(member.id)  # it hangs while it ends; its guard sees to that
         gone = [member for member in self.office.leaving if self._gone(member)]
         if gone:
             self._invitations.release({member.slot for member in gone})

@@ -407,6 +407,22 @@ def test_somebody_must_stand_in_for_a_newcomer_that_dies_in_mpi_init(run, tmp_pa
         assert b"".join(heard) == b"rank gifts"
 
 
+def test_and_for_one_that_dies_just_when_it_is_called(run, tmp_path):
+    """The guard finds both at once: the call, and that it is too late."""
+    rank = python("import os, signal; print(os.getpid(), flush=True); signal.pause()")
+    with session() as (theirs, heard), started(warm(run, tmp_path / "door", *rank), stdout=subprocess.PIPE) as process:
+        pid = int(process.stdout.readline())
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: state(process.pid) == "T")
+        with connect(tmp_path / "door") as caller:
+            give(caller, theirs)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: state(pid) == "Z")
+            process.send_signal(signal.SIGCONT)
+            assert caller.recv(10) == bytes([1, 0])
+        assert not heard
+
+
 LEADER = """
 import subprocess, sys
 subprocess.Popen(sys.argv[1:])
@@ -537,6 +553,7 @@ def test_somebody_stands_in_for_a_newcomer_that_is_gone(tmp_path, gone):
             theirs.close()
             if gone != "never there":
                 with listener.accept()[0] as guard:
+                    guard.recv(1 << 18)
                     guard.send(b"\1\0")
             out, _ = process.communicate(timeout=LIMIT_S)
             assert (process.returncode, out) == (0, "freed\n")
