@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from .errors import (
     ArrayError,
+    CheckpointError,
     ConfigError,
     ElasticError,
     JobError,
     LaunchError,
+    LostRank,
     MembershipError,
     RankError,
     ResizeRefused,
@@ -34,12 +36,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArrayError",
+    "CheckpointError",
     "ConfigError",
     "DistributedArray",
     "ElasticError",
     "Job",
     "JobError",
     "LaunchError",
+    "LostRank",
     "MembershipError",
     "Microbatch",
     "RankError",

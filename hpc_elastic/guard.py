@@ -143,7 +143,7 @@ class Guard:
             if self.listener is not None and self.listener.fileno() in ready:
                 self.hand_on(self.listener)
             if self.leader in ready:
-                self.leader, self.alone_since = -1, time.monotonic()
+                self.leader, self.alone_since, next_look = -1, time.monotonic(), 0.0
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_S
                 self.look()
@@ -162,8 +162,9 @@ class Guard:
         now = time.monotonic()
         if self.alone_since <= now and self.there("ranks", f"{self.member}.json"):
             self.alone_since = float("inf")  # it is a member, on its own
-        # Once it is connected, it may become a member with those that survive the leader.
-        forgotten = now - self.alone_since > (GRACE_S if self.caller is not None else 0)
+        # Once it is connected, it may become a member with those that survive the leader. Before, it is killed at once: Open
+        # MPI's launcher crashes easily when somebody tries to connect with a process that is gone.
+        forgotten = now - self.alone_since >= (GRACE_S if self.initialised else 0)
         if self.run and (not self.there() or (self.listener is not None and self.there("failure.json"))):
             self.end()
         if now >= self.kill_at or forgotten or (self.run and self.there("condemned", self.member)):

@@ -118,7 +118,10 @@ class Resize(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What a person asked for through the run directory's inbox: ``kind`` is "resize" or "stop"."""
+    """What was asked for through the run directory's inbox: ``kind`` is "resize", "checkpoint", "leave" or "stop".
+
+    ``ranks`` is the number wanted; for "leave" it is the number of the process that has to go.
+    """
 
     kind: str
     ranks: int = 0

@@ -48,6 +48,7 @@ class Supervisor:
         self.run, self.launch, self._lock, self.mpiexec, self.vendor = prepared
         self.config = build(self.launch.settings)
         self._new = new
+        self._began = time.time()
         self._progress = Progress(Progress.mode(self.config.progress))
         self._interrupts = Interrupts()
         self._asked = self._settled = self._reached = False
@@ -124,7 +125,7 @@ class Supervisor:
         environ = dict(os.environ)
         prepare(environ)
         environ[RUN_VARIABLE] = str(self.run.path)
-        environ[SUPERVISED_VARIABLE] = "1"
+        environ[SUPERVISED_VARIABLE] = str(self._began)  # a time limit counts from here, over all restarts
         try:
             outlived = self.config.arrival == "join"
             attempt = Attempt(self.run, self.command(), environ, self.launch.directory, outlived=outlived)

@@ -186,7 +186,8 @@ class Arrivals:
     def _order(self, arrival: Arrival, order: Call) -> None:
         """Tell a newcomer something, by a file as long as it is not connected."""
         if arrival.line is not None:
-            send(arrival.line, THERE, TO_NEWCOMER, order)
+            with contextlib.suppress(MPI.Exception):  # it may be gone, which is noticed elsewhere
+                send(arrival.line, THERE, TO_NEWCOMER, order)
         else:
             self._run.put(order_file(self._run, arrival.options.member), order)
 
@@ -260,8 +261,7 @@ class Arrivals:
         """Send the party to the members' door; `World.merge` follows."""
         assert self._party is not None
         for arrival in self.all:
-            assert arrival.line is not None
-            send(arrival.line, THERE, TO_NEWCOMER, Call(order="enter"))
+            self._order(arrival, Call(order="enter"))
         return self._party
 
     # --- sending them away --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from mpi4py import MPI
 
+from ..config import STDERR_VARIABLE
 from ..errors import LaunchError
 from ..rundir import RunDirectory
 from .messages import port_file
@@ -79,7 +80,8 @@ class Join:
         file.write_text(port)
         command = [str(self._mpiexec), *self._vendor.launch, "-n", "1", sys.executable, *handover(run, member)]
         # A session of its own: what ends this rank's process group leaves it alone.
-        subprocess.Popen(command, env=without_session(), stdin=subprocess.DEVNULL, start_new_session=True)
+        stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
+        subprocess.Popen(command, env=without_session(), stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
         try:
             return MPI.COMM_SELF.Accept(port)
         finally:

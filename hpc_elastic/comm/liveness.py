@@ -32,10 +32,15 @@ class Beats:
         self._run = run
         self._stall_s = stall_s
         self._seen: dict[int, tuple[float, float]] = {}  # process -> time of its last sign, and when that was seen
+        self._looked = time.monotonic()
 
     def stalled(self, number: int) -> bool:
         """Tell whether process `number` has given signs of life, but none for too long."""
         now = time.monotonic()
+        if now - self._looked > self._stall_s / 2:
+            # Who was stopped for long itself, with the whole machine or the whole job, can't blame the others.
+            self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
+        self._looked = now
         try:
             beat = self._run.beat_file(number).stat().st_mtime
         except OSError:
@@ -146,7 +151,10 @@ class Liveness:
         """Return the numbers of those of `members`, watched or not, that have ended."""
         gone = {number for number in self.gone() if any(member.id == number for member in members)}
         for member in members:
-            if member.id not in self._members and member.host == self._host and not alive(member.pid):
+            if member.id in self._members:
+                continue
+            here = member.host == self._host
+            if (here and not alive(member.pid)) or (not here and self._run.end_of(member.id) is not None):
                 gone.add(member.id)
         return frozenset(gone)
 

@@ -41,6 +41,10 @@ class Lost(LostRank):
         self.numbers = numbers
 
 
+class LeftOut(LostRank):
+    """The others have gone on without this process: it had stalled, or its resize was called off. It ends alone."""
+
+
 # What was under way when a rank was lost. MPI may still write into the buffers of these requests, so they are kept.
 _given_up: list[MPI.Request] = []
 

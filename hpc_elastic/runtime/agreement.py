@@ -90,8 +90,10 @@ def awaited(accounts: Collection[Account], gone: Collection[int]) -> list[Member
     return [member for number, member in sorted(people.items()) if number not in known and number not in gone]
 
 
-def judge(accounts: Sequence[Account], gone: Collection[int]) -> Verdict:
+def judge(accounts: Sequence[Account], gone: Collection[int], left: Collection[int] = ()) -> Verdict:
     """Return the verdict on the `accounts` of all survivors; `gone` are the numbers of processes that have ended.
+
+    Those of them that `left` by themselves are not lost.
 
     A resize is committed if a member is past it, else rolled back: its newcomers are sent away, and its members go on in
     the generation before.
@@ -114,7 +116,7 @@ def judge(accounts: Sequence[Account], gone: Collection[int]) -> Verdict:
     within = {member.id for member in members}
     own = [account for account in accounts if account.member.id in within]
     survivors = tuple(member for member in members if member.id not in gone)
-    lost = tuple(member for member in members if member.id in gone)
+    lost = tuple(member for member in members if member.id in gone and member.id not in left)
     joining = {member.id: member for account in accounts if account.generation == newest for member in account.joining}
     place = max(account.place for account in own)
     words = {account.word for account in own if account.place // 2 == place // 2} - {UNKNOWN}

@@ -10,13 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import msgspec
 
 from .. import events
 from ..comm.liveness import alive
 from ..comm.vendor import own_shared_memory, under_launcher
+from ..comm.waiting import LeftOut
 from ..errors import ElasticError, JobError, LostRank, RankError, RunDirectoryError
 from ..model import Member
 from ..rundir import Failure
@@ -49,6 +50,8 @@ def fail(job: Job, error: BaseException) -> None:
     """Record why the job failed, tell the others, and raise the same on every rank."""
     session = job.session
     job.over = True
+    if isinstance(error, LeftOut):
+        end_alone(job, str(error))
     rank, generation, step = job.where()
     member = job.member
     lost = isinstance(error, LostRank)
@@ -176,15 +179,19 @@ def watch_for_failure(job: Job) -> None:
             os._exit(1)
 
     def ends(reason: str) -> None:
-        # It is a lost rank from now on; the others judge, those that are stuck as it is end in the same way.
-        with contextlib.suppress(OSError, ElasticError):
-            session.record(job.member, "failed", reason)
-            sys.stderr.write(f"hpc_elastic: process {job.member.id} ends itself: {reason}\n")
-            sys.stderr.flush()
-        _remove_shared_memory()
-        os._exit(EXIT_CALLED_OFF)
+        end_alone(job, reason)
 
     job.membership.vigil.start(ends, failed)
+
+
+def end_alone(job: Job, reason: str) -> NoReturn:
+    """End this process, which is a lost rank to the others from now on: they judge what becomes of the job."""
+    with contextlib.suppress(OSError, ElasticError):
+        job.session.record(job.member, "failed", reason)
+        sys.stderr.write(f"hpc_elastic: process {job.member.id} ends itself: {reason}\n")
+        sys.stderr.flush()
+    _remove_shared_memory()
+    os._exit(EXIT_CALLED_OFF)
 
 
 def _await(done: Callable[[], bool], limit_s: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from .. import events
 from ..errors import ResizeRefused
@@ -19,22 +21,26 @@ ALL_TOLD_S = 0.5  # how long after the first rank was told to leave the others m
 
 
 class Inbox:
-    """Reads requests for a leader, and remembers what can't be done at once.
-
-    Attributes
-    ----------
-    stops : str
-        Why the job stops; empty if it does not.
-    wants_checkpoint : bool
-        True if a checkpoint was asked for and is not made yet.
-    """
+    """Reads requests for a leader. What can't be done at once goes into the office, for the next leader as well."""
 
     def __init__(self, leader: Leader) -> None:
-        self.stops = ""
-        self.wants_checkpoint = False
         self._leader = leader
-        self._told_to_leave: dict[int, float] = {}
+        self._told_since: float | None = None
         self._next = 0.0
+
+    @property
+    def stops(self) -> str:
+        """Why the job stops; empty if it does not."""
+        return self._leader.office.stops
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """True if a checkpoint was asked for and is not made yet."""
+        return self._leader.office.saves
+
+    def keep(self, **values: Any) -> None:
+        """Keep something in the office."""
+        self._leader.office = msgspec.structs.replace(self._leader.office, **values)
 
     def look(self, here: Here) -> None:
         """Read what has come."""
@@ -46,31 +52,36 @@ class Inbox:
             session.run.answer(name, self._answer(here, request))
         limit = session.config.time_limit_s
         if limit and session.seconds() >= limit and not self.stops:
-            self.stops = f"time_limit_s = {limit:g}"
+            self.keep(stops=f"time_limit_s = {limit:g}")
 
     def _answer(self, here: Here, request: Request | None) -> Answer:
         kind = request.kind if request is not None else ""
         if request is not None and kind == "resize":
             return self._resize(here, request.ranks)
         if request is not None and kind == "leave":
-            self._told_to_leave.setdefault(request.ranks, self._leader.session.clock())
+            self.keep(told=tuple({*self._leader.office.told, request.ranks}))
             return Answer(accepted=True, text=f"process {request.ranks} leaves")
         if kind == "stop":
-            self.stops = "asked for"
+            self.keep(stops="asked for")
             return Answer(accepted=True, text=f"the job stops at step {here.cursor.step}")
         if kind == "checkpoint":
-            self.wants_checkpoint = True
+            self.keep(saves=True)
             return Answer(accepted=True, text=f"a checkpoint is made from step {here.cursor.step} on")
         return Answer(accepted=False, text="the request can't be read")
 
     def leaving(self) -> Resize | None:
         """Return the resize by which those go that were told to by a signal; if all were told, the job stops."""
         members, now = self._leader.world.generation.members, self._leader.session.clock()
-        told = [rank for rank, member in enumerate(members) if member.id in self._told_to_leave]
-        if not told or now < min(self._told_to_leave[members[rank].id] for rank in told) + ALL_TOLD_S:
+        told = [rank for rank, member in enumerate(members) if member.id in self._leader.office.told]
+        if not told:
+            self._told_since = None
+            return None
+        if self._told_since is None:
+            self._told_since = now
+        if now < self._told_since + ALL_TOLD_S:
             return None
         if len(told) == len(members):
-            self.stops = "all ranks were told to end"
+            self.keep(stops="all ranks were told to end")
             return None
         names = ", ".join(str(members[rank].id) for rank in told)
         return Resize(len(members) - len(told), tuple(told), f"process {names} was told to end")

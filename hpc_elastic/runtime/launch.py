@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import msgspec
 
 from .. import events, faults
 from ..comm.vendor import prepare
-from ..config import build
+from ..config import SUPERVISED_VARIABLE, build
 from ..errors import ElasticError, JobError, Retired
 from ..model import Member
 from ..rundir import RunDirectory, checkpoint_folder
@@ -171,7 +172,8 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
 
     config = seed_config(given)
     script = Script.running()
-    session = Session(config, open_run(config, script), script, time.time())
+    began = float(os.environ.get(SUPERVISED_VARIABLE, time.time()))
+    session = Session(config, open_run(config, script), script, began)
     log = events.EventLog(session.run.events)
     hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
     session.checkpoint = _last_checkpoint(session)
@@ -191,7 +193,9 @@ def _last_checkpoint(session: Session) -> Checkpoint | None:
         events.EventLog(session.run.events).write(events.Notice(text=text))
         sys.stderr.write(f"hpc_elastic: {text}\n")
 
-    return Store(folder, session.config.checkpoints_kept, on_damage=damaged).newest()
+    store = Store(folder, session.config.checkpoints_kept, on_damage=damaged)
+    store.clean()
+    return store.newest()
 
 
 class _Agreed(msgspec.Struct, frozen=True):

@@ -133,7 +133,9 @@ class Leader:
         due = due or 0 < config.checkpoint_steps <= step - self._saved_step
         if not due or saving.busy:
             return False
-        self._saved_step, self._saved_s, self._inbox.wants_checkpoint = step, now, False
+        self._saved_step, self._saved_s = step, now
+        if self._inbox.wants_checkpoint:
+            self._inbox.keep(saves=False)
         return True
 
     def report_checkpoints(self) -> None:

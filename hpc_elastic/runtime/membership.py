@@ -12,7 +12,7 @@ from .. import faults
 from ..comm.door import Door
 from ..comm.messages import Report
 from ..comm.vendor import orphaned_shared_memory
-from ..comm.waiting import Lost, Watch
+from ..comm.waiting import LeftOut, Lost, Watch
 from ..errors import JobError, LostRank, Retired
 from ..model import Member
 from ..redistribute import DistributedArray
@@ -20,7 +20,7 @@ from ..state import Registry
 from .agreement import CHECKPOINT, END, NOTHING, RESIZE, STOP, UNKNOWN, Account, Verdict
 from .offices import first_office, kept_office, make_leader
 from .plan import Office, Plan
-from .recovery import Meeting, generation_after, ranks_of, send_away
+from .recovery import Meeting, Toll, generation_after, names, needs_all, ranks_of, send_away
 from .reports import Here
 from .session import Session, peak_bytes
 from .transition import Stages, Transition
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .saving import Saving
 
 WORDS = {"stop": STOP, "checkpoint": CHECKPOINT, "end": END}
-MOST_LOSSES_AT_A_STEP = 3
 OVER = ("ended", "stopped")
 
 
@@ -70,8 +69,9 @@ class Membership:
         self._verdict: Verdict | None = None
         self._moving: Transition | None = None
         self._settled: World | None = None
+        self._office: Office | None = None  # of a resize that is committed, until the next leader is in it
         self._fresh: World | None = None  # while it is not certain that all survivors have it
-        self._steps_of_losses: list[int] = []
+        self._toll = Toll(session.run)
         self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
         if door is not None:
             door.use(self.watch)
@@ -147,6 +147,7 @@ class Membership:
         """Go on in the next generation, or leave."""
         plan, self._moving = moving.plan, None
         assert plan is not None
+        self._office = plan.office
         if self.leader is not None:
             self.leader.committed()
         tether = moving.tidy()
@@ -161,20 +162,23 @@ class Membership:
             self.vigil.watch(())
             return
         self.vigil.watch(world.generation.members)
-        self._lead(world, plan.office)
+        self._lead(world)
         if self.leader is not None:
             self.leader.resized(plan, moving.stages.seconds, moving.state_bytes, moving.moved_bytes)
 
-    def _lead(self, world: World, office: Office | None) -> None:
-        """Be the leader if this is rank 0 now, with `office` or with what a lost leader left behind."""
+    def _lead(self, world: World) -> None:
+        """Be the leader if this is rank 0 now, with the office of the last resize or what a lost leader left since then."""
+        planned, self._office = self._office, None
         if world.rank != 0:
             self.leader = None
         elif self.leader is None:
-            self.leader = make_leader(self.session, world, office or kept_office(self.session), self._tethers)
+            kept = kept_office(self.session)
+            newer = planned is not None and planned.generation > kept.generation
+            self.leader = make_leader(self.session, world, planned if newer and planned else kept, self._tethers)
             self.leader.saving = self.saving
         else:
             self.leader.world = world
-            self.leader.office = office or self.leader.office
+            self.leader.office = planned or self.leader.office
 
     # --- sums ---------------------------------------------------------------------------------------------------------
 
@@ -222,7 +226,7 @@ class Membership:
             word=self._word,
             step=here.cursor.step,
             joining=moving.joining if moving is not None else (),
-            needs_all=self._needs_all(here),
+            needs_all=needs_all(here) if self._word != END else "",
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()
@@ -233,9 +237,9 @@ class Membership:
             self.retired, self.world, self.leader = True, None, None
             raise Retired(f"process {self.member.id} left the job while another was lost")
         if verdict.refused:
-            raise LostRank(self._names(verdict) + f", and can't be done without: {verdict.refused}")
+            raise LostRank(names(self.session.run, verdict) + f", and can't be done without: {verdict.refused}")
         if self.member.id not in {member.id for member in verdict.survivors}:
-            raise LostRank("the others went on without this process: it had stalled, or its resize was called off")
+            raise LeftOut("the others went on without this process: it had stalled, or its resize was called off")
         if self._fresh is not None and verdict.generation == self._fresh.generation.number:
             self.world = self._fresh  # others are in it already, so all came through
         self._fresh = None
@@ -243,21 +247,16 @@ class Membership:
             moving.roll_back()
         if committed is not None and committed.settled is not None:
             self.world = self._settled = committed.settled  # another loss would find this rank there
-        self._rebuild(verdict, committed)
+            self._office = committed.plan.office if committed.plan is not None else None
+        self._rebuild(verdict)
         if self.leader is not None:
             if committed is not None and committed.plan is not None:
                 self.leader.committed()
                 self.leader.resized(committed.plan, committed.stages.seconds, committed.state_bytes, committed.moved_bytes)
             seconds = {"agree": agreed - begun, "rebuild": clock() - agreed}
             self.leader.lost(verdict, here, seconds, rolled_back=moving is not None and committed is None)
-        self._count(verdict)
+        self._toll.count(verdict)
         return committed is not None
-
-    def _needs_all(self, here: Here) -> str:
-        """Return why the job can't go on from here without a lost member; empty if it can."""
-        if self.arrays:
-            return "it held a part of a distributed array"
-        return "" if here.unit == "samples" else "the turns of job.loop can't be repeated"
 
     def _generation(self) -> tuple[int, tuple[Member, ...]]:
         """Return number and members of the generation that this rank is in; a newcomer's is the one it is to join."""
@@ -268,8 +267,8 @@ class Membership:
             raise LostRank("the leader was lost before this newcomer had joined")
         return plan.generation - 1, plan.members[: len(plan.members) - plan.joining]
 
-    def _rebuild(self, verdict: Verdict, committed: Transition | None) -> None:
-        """Come together with the other survivors: in the generation before, or in the one that was `committed`."""
+    def _rebuild(self, verdict: Verdict) -> None:
+        """Come together with the other survivors."""
         faults.at("rebuild")
         base = self.joined()
         self.vigil.watch(verdict.survivors)
@@ -280,25 +279,7 @@ class Membership:
         world.open_user()
         world.barrier()  # who is past it knows that all others have the new world
         self.world, self._fresh, self.door = world, None, None
-        self._lead(world, committed.plan.office if committed is not None and committed.plan is not None else None)
-
-    def _names(self, verdict: Verdict) -> str:
-        """Return who was lost and how, for people."""
-        said = []
-        for member in verdict.lost:
-            end = self.session.run.end_of(member.id)
-            said.append(f"process {member.id} (pid {member.pid} on {member.host}) {end.how() if end else 'was lost'}")
-        return "; ".join(said)
-
-    def _count(self, verdict: Verdict) -> None:
-        """Give up where the same step is fatal again and again."""
-        if verdict.lost:
-            self._steps_of_losses.append(verdict.step)
-            if self._steps_of_losses.count(verdict.step) >= MOST_LOSSES_AT_A_STEP:
-                raise JobError(
-                    f"{self._names(verdict)}: the {MOST_LOSSES_AT_A_STEP}rd process lost at step {verdict.step}; "
-                    "the program itself seems to end them there"
-                )
+        self._lead(world)
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
@@ -312,6 +293,7 @@ class Membership:
         self.session.record(self.member, "parked")
         tether = self._tethers[max(self._tethers)]
         self.door, options = Door.parked(tether.comm, self.session.run, self.watch, self._doze)
+        self.vigil.watch(self.door.leader)
         self.member = msgspec.structs.replace(self.member, slot=options.slot)
         self.session.began = self.session.clock()
 

@@ -20,11 +20,14 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     """What the leader knows and the next one has to know. Replicated at every resize, and kept in a file for a lost leader.
 
     `target` is the number of ranks that the last resize led to: after a loss, replacements are asked for up to that.
+    `generation` is the one that it led to. `stops`, `saves` and `told` are what was asked for and is not done yet: to stop,
+    and why; a checkpoint; that these processes leave.
     """
 
     next_member: int
     max_ranks: int
     target: int = 1
+    generation: int = 0
     decided: int = 0
     asked: int | None = None
     leases: tuple[Lease, ...] = ()
@@ -32,6 +35,9 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     parked: tuple[Parked, ...] = ()
     peak_bytes: int = 0
     told_of_parking: bool = False
+    stops: str = ""
+    saves: bool = False
+    told: tuple[int, ...] = ()
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):

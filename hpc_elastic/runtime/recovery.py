@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import time
@@ -15,15 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import faults
-from ..errors import LostRank
+from ..errors import JobError, LostRank
 from ..model import Generation, Member
 from ..rundir import RunDirectory
 from .agreement import Account, Verdict, awaited, judge
+from .reports import Here
 from .vigil import Vigil
 
 VERDICT = "verdict.json"
 JUDGED_S = 0.0005  # pause between looks: the survivors of one host agree within milliseconds
 LONGEST_PAUSE_S = 0.02
+MOST_LOSSES_AT_A_STEP = 3
 
 
 class Meeting:
@@ -86,12 +89,13 @@ class Meeting:
         people = {member.id: member for account in accounts for member in (*account.members, *account.joining)}
         known = {account.member.id for account in accounts}
         gone = self._vigil.gone(people.values())
-        gone |= {number for number in people.keys() - known - gone if self._vigil.left(number)}
+        left = {number for number in people.keys() - known if self._vigil.left(number)}
+        gone |= left
         if own.member.id != min(account.member.id for account in accounts if account.member.id not in gone):
             return None
         if awaited(accounts, gone):
             return None
-        verdict = judge([account for account in accounts if account.member.id not in gone], gone)
+        verdict = judge([account for account in accounts if account.member.id not in gone], gone, left)
         self._first(verdict)
         return self._run.get(self._folder / VERDICT, Verdict)
 
@@ -99,7 +103,7 @@ class Meeting:
         return [path for path in self._folder.glob("[0-9]*.json") if path.stem.isdecimal()]
 
     def _first(self, verdict: Verdict) -> None:
-        beside = self._folder / f".verdict.{os.getpid()}"
+        beside = self._folder / f".verdict.{secrets.token_hex(8)}"
         self._run.put(beside, verdict)
         with contextlib.suppress(FileExistsError):
             os.link(beside, self._folder / VERDICT)
@@ -124,3 +128,43 @@ def ranks_of(members: tuple[Member, ...], survivors: tuple[Member, ...]) -> list
     """Return the ranks of the `survivors` among `members`."""
     within = {member.id for member in survivors}
     return [rank for rank, member in enumerate(members) if member.id in within]
+
+
+def needs_all(here: Here) -> str:
+    """Return why the job can't go on from `here` without a lost member; empty if it can."""
+    if here.arrays:
+        return "it held a part of a distributed array"
+    return "" if here.unit == "samples" else "the turns of job.loop can't be repeated"
+
+
+def names(run: RunDirectory, verdict: Verdict) -> str:
+    """Return who was lost and how, for people."""
+    said = []
+    for member in verdict.lost:
+        end = run.end_of(member.id)
+        said.append(f"process {member.id} (pid {member.pid} on {member.host}) {end.how() if end else 'was lost'}")
+    return "; ".join(said)
+
+
+class Toll:
+    """Counts losses by step: where the same step is fatal again and again, the program itself ends its ranks."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._steps: list[int] = []
+
+    def count(self, verdict: Verdict) -> None:
+        """Count a loss.
+
+        Raises
+        ------
+        JobError
+            If it is the third at its step.
+        """
+        if verdict.lost:
+            self._steps.append(verdict.step)
+            if self._steps.count(verdict.step) >= MOST_LOSSES_AT_A_STEP:
+                raise JobError(
+                    f"{names(self._run, verdict)}: the {MOST_LOSSES_AT_A_STEP}rd process lost at step {verdict.step}; "
+                    "the program itself seems to end them there"
+                )

@@ -113,6 +113,7 @@ class Saving:
                 error=done.error,
             )
             for done in self._writer.done()
+            if done.path or done.error  # else it was a part of one that another rank commits
         ]
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from .. import events, faults
 from ..comm.arrival import Arrival, Arrivals
 from ..comm.bridge import Bridge, Join, Spawn
-from ..comm.liveness import Beats
+from ..comm.liveness import Beats, alive
 from ..comm.messages import Options
 from ..comm.world import vendor
 from ..errors import ResizeRefused
@@ -66,7 +66,12 @@ class Invitations:
             leader.broker.release(tuple(new))
             raise ResizeRefused(f"{n} more ranks were asked for, but the broker granted {len(new)} slots")
         office = leader.office
-        reachable = [parked for parked in office.parked if parked.tether in leader.tethers]
+        host = leader.world.me.host
+        reachable = [
+            parked
+            for parked in office.parked
+            if parked.tether in leader.tethers and (parked.member.host != host or alive(parked.member.pid))
+        ]
         arrivals, number = [], office.next_member
         for lease in new:
             if reachable:
@@ -170,6 +175,7 @@ def make_plan(leader: Leader, way: UnderWay, here: Here, point: int, losses: int
     office: Office = msgspec.structs.replace(
         leader.office,
         target=way.resize.ranks,
+        generation=number,
         decided=leader.office.decided + (not way.forced),
         asked=leader.office.asked if way.forced else None,
         leaving=(*leader.office.leaving, *(old.members[rank] for rank in way.leavers)),

@@ -13,6 +13,7 @@ from .. import faults
 from ..comm.liveness import Liveness
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..config import STDERR_VARIABLE
+from ..errors import RunDirectoryError
 from ..model import Member
 from .stuck import Stuck
 
@@ -45,7 +46,8 @@ class Vigil:
         self._session = session
         self._liveness = Liveness(session.run, session.config.stall_s)
         self._lock = threading.Lock()  # the thread looks as well
-        self._blocked: tuple[tuple[Member, ...], float, float] | None = None
+        self._blocked: dict[object, tuple[tuple[Member, ...], float, float]] = {}
+        self._gone_since: dict[int, float] = {}
         self._lost_since: tuple[int, float] | None = None
         self._stuck_in_mpi = Stuck()
         self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
@@ -91,11 +93,12 @@ class Vigil:
 
     @contextlib.contextmanager
     def _marked(self, members: tuple[Member, ...], limit_s: float) -> Iterator[None]:
-        outer, self._blocked = self._blocked, (members, time.monotonic(), limit_s)
+        token = object()  # the user may call from several threads
+        self._blocked[token] = members, time.monotonic(), limit_s
         try:
             yield
         finally:
-            self._blocked = outer
+            del self._blocked[token]
 
     def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         """Give signs of life from now on. `failed` is called once the job has failed, `ends` with why this rank must end."""
@@ -103,14 +106,15 @@ class Vigil:
 
     def _run(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         beat = self._session.run.beat_file(self.me.id)
-        while not self.over:
+        while True:  # also while the process is ending: until then it is no stalled one
             with contextlib.suppress(OSError):
                 beat.touch(mode=0o600)
                 os.utime(beat)
-            if self._session.run.failed():
-                failed()
-            elif (reason := self._stuck()) and not self.over:
-                ends(reason)
+            with contextlib.suppress(OSError, RunDirectoryError):  # a file system can have a bad moment
+                if not self.over and self._session.run.failed():
+                    failed()
+                elif not self.over and (reason := self._stuck()) and not self.over:
+                    ends(reason)
             time.sleep(LOOK_S)
 
     def _stuck(self) -> str:
@@ -119,17 +123,14 @@ class Vigil:
             return "its guard is gone, which answers for it to the launcher"
         if (seconds := self._stuck_in_mpi.seconds()) > LONGEST_CALL_S:
             return f"a call of MPI's did not return within {seconds:.0f} s"
-        blocked = self._blocked
-        if blocked is None:
-            return self._bereft()
-        members, since, limit_s = blocked
-        waited = time.monotonic() - since
-        gone = sorted(number for number in self.gone(members) if not self.left(number))
-        if gone and waited > NOTICE_S:
-            return f"process {gone[0]} was lost inside a call of MPI's that the others can't leave"
-        if waited > limit_s:
-            return f"a call of MPI's that brings ranks together did not end within {waited:.0f} s"
-        return ""
+        now = time.monotonic()
+        for members, since, limit_s in list(self._blocked.values()):
+            gone = sorted(number for number in self.gone(members) if not self.left(number))
+            if gone and now - max(since, self._gone_since.setdefault(gone[0], now)) > NOTICE_S:
+                return f"process {gone[0]} was lost inside a call of MPI's that the others can't leave"
+            if now - since > limit_s:
+                return f"a call of MPI's that brings ranks together did not end within {now - since:.0f} s"
+        return "" if self._blocked else self._bereft()
 
     def _bereft(self) -> str:
         """Return why this process can't go on: it did not come back to the runtime for long after a member was lost."""

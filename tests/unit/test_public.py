@@ -11,12 +11,14 @@ import hpc_elastic as he
 
 NAMES = [
     "ArrayError",
+    "CheckpointError",
     "ConfigError",
     "DistributedArray",
     "ElasticError",
     "Job",
     "JobError",
     "LaunchError",
+    "LostRank",
     "MembershipError",
     "Microbatch",
     "RankError",
