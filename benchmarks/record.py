@@ -26,16 +26,23 @@ class Record:
     context: dict[str, Any]
 
 
-def record(metric: str, values: Sequence[float], unit: str, context: dict[str, Any], goal: float | None = None) -> Record:
-    """Return the record of `values`, of which lower ones are better."""
+def record(
+    metric: str,
+    values: Sequence[float],
+    unit: str,
+    context: dict[str, Any],
+    goal: float | None = None,
+    better: str = "lower",
+) -> Record:
+    """Return the record of `values`, of which `better` ones are ``lower`` or ``higher``."""
     values = [float(value) for value in values]
     median = statistics.median(values)
-    met = None if goal is None else bool(median <= goal)
+    met = None if goal is None else bool(median <= goal if better == "lower" else median >= goal)
     return Record(
         metric,
         round(median, 4),
         unit,
-        "lower",
+        better,
         goal,
         met,
         len(values),

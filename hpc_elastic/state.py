@@ -177,7 +177,7 @@ class Registry:
             channel.fill(packed)
         for array in arrays:
             if array.nbytes >= SMALL_BYTES:
-                channel.fill(array)
+                channel.fill(array.reshape(-1))
         return len(header) + sum(array.nbytes for array in arrays)
 
     def receive(self, channel: Channel) -> None:

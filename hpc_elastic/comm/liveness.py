@@ -37,7 +37,7 @@ class Beats:
     def stalled(self, number: int) -> bool:
         """Tell whether process `number` has given signs of life, but none for too long."""
         now = time.monotonic()
-        if now - self._looked > self._stall_s / 2:
+        if now - self._looked > max(self._stall_s - BEATS_EVERY_S, 1.5 * BEATS_EVERY_S):
             # Who was stopped for long itself, with the whole machine or the whole job, can't blame the others.
             self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
         self._looked = now
