@@ -42,6 +42,9 @@ test-mpi: setup  ## the tests that run under mpiexec, on 1, 2 and 3 ranks
 
 bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.resize --json
+	$(BIN)/python -m benchmarks.losses --json
+	$(BIN)/python -m benchmarks.checkpoints --json
+	$(BIN)/python -m benchmarks.checkpoints --machinery --json
 
 check: setup  ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

@@ -138,8 +138,9 @@ def _seed_job(given: dict[str, Any]) -> Job:
             from ..checkpoint import Checkpoint
 
             mine.checkpoint = Checkpoint.open(Path(agreed.checkpoint))
-        mine.record(world.me, "member")
-        return _job(mine, world.me, world, None)
+        made = _job(mine, world.me, world, None)
+        mine.record(world.me, "member")  # from now on its end is a loss
+        return made
 
     job = _agree(world, make)
     assert job is not None

@@ -9,12 +9,15 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from ..model import Request
 from ..rundir import RunDirectory
+
+SAME_S = 0.5
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -38,8 +41,15 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
     def leave(_number: int, _frame: FrameType | None) -> None:
         run.ask(Request("leave", member))
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
+    first: list[float] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if first:
+            # The terminal, the launcher and the guard all deliver one Ctrl-C.
+            if time.monotonic() - first[0] > SAME_S:
+                signal.default_int_handler(number, frame)
+            return
+        first.append(time.monotonic())
         run.ask(Request("stop"))
         sys.stderr.write("hpc_elastic: stopping at the next step, with a checkpoint; Ctrl-C again ends it now\n")
 

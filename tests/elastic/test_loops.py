@@ -77,8 +77,6 @@ he.run(train)
 @pytest.mark.parametrize(
     ("before", "inside", "error"),
     [
-        ("job.register(x=State())", "pass", "can't load"),
-        ("job.register(x=np.zeros(3 if job.joined else 4))", "pass", "newcomers must register arrays like those"),
         ("pass", "job.register(x=np.zeros(3)) if i == 5 else None", "before the loop"),
         ("pass", "job.array((3,)) if i == 5 else None", "before the loop"),
         ("pass", "next(job.loop(3)) if i == 5 else None", "inside another"),
@@ -90,7 +88,7 @@ he.run(train)
     ],
 )
 def test_every_rank_ends_soon(before, inside, error, tmp_path):
-    """Errors at odd moments: while the state is received, inside the loop, while another rank waits in a call of its own."""
+    """Errors at odd moments: inside the loop, while another rank waits in a call of its own."""
     file = tmp_path / "job.py"
     file.write_text(STATE.format(before=before, inside=inside))
     run = tmp_path / "r"
@@ -104,6 +102,26 @@ def test_every_rank_ends_soon(before, inside, error, tmp_path):
     failure = RunDirectory(run).failure()
     assert failure is not None
     assert error in failure.error
+
+
+@pytest.mark.parametrize(
+    ("before", "error"),
+    [
+        ("job.register(x=State())", "can't load"),
+        ("job.register(x=np.zeros(3 if job.joined else 4))", "newcomers must register arrays like those"),
+    ],
+)
+def test_newcomer_that_cannot_receive(before, error, tmp_path):
+    """Its resize is rolled back, and the job goes on."""
+    file = tmp_path / "job.py"
+    file.write_text(STATE.format(before=before, inside="pass"))
+    with Job(
+        hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--timetable", "10:2", "--hold", file), folder=tmp_path
+    ) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    (reason,) = refusals(tmp_path / "r")
+    assert error in reason
 
 
 def test_run_directory_removed(tmp_path):

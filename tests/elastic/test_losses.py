@@ -1,0 +1,301 @@
+"""What is promised about losses: ranks that die, newcomers that can't come, signals, and checkpoints that are no good."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from hpc_elastic import events
+from hpc_elastic.config import FAULT_VARIABLE
+from hpc_elastic.rundir import RunDirectory
+
+from ..afterwards import check_ledger, happened, refusals, resizes
+from ..launch import SCRIPTS, Job, hpc_elastic, until
+from ..shards import SAMPLES
+
+EPOCHS, PAUSE_S = 10, 0.02
+SETTINGS = {"ledger": "true", "stall_s": 2, "deadline_s": 20, "checkpoint_steps": 10}
+TURNS = 150
+
+
+@pytest.fixture(scope="module")
+def static(shards, tmp_path_factory):
+    """What one static rank computes."""
+    folder = tmp_path_factory.mktemp("static")
+    with Job(hpc_elastic("run", "--run-dir", "r", SCRIPTS / "softmax.py", shards, EPOCHS), folder=folder) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    return done.value("sha256")
+
+
+@pytest.fixture
+def start(shards, tmp_path):
+    """Start the job with some ranks, which take time to come, and 4 slots."""
+
+    def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, **settings):
+        pairs = [part for name, value in {**SETTINGS, **settings}.items() for part in ("--set", f"{name}={value}")]
+        given = ["--run-dir", "r", "--ranks", ranks, "--slots", 4, *pairs, *options]
+        command = hpc_elastic("run", *given, script, shards, EPOCHS, "--pause", pause_s)
+        return Job(command, folder=tmp_path, environ=environ)
+
+    return begin
+
+
+@pytest.fixture
+def check(static, tmp_path):
+    """Check that a job that has ended came to the same result, and consumed each sample once."""
+
+    def right(done):
+        assert done.code == 0, done.err
+        assert done.value("sha256") == static
+        check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
+
+    return right
+
+
+def under_way(path, ranks=3, step=0):
+    """Return the run when it has that many ranks and is past a step."""
+    until((path / "status.json").exists)
+    run = RunDirectory(path)
+    until(lambda: run.status().ranks == ranks and run.status().step > step)
+    return run
+
+
+def pids(run, ranks):
+    members = run.status().members
+    return [members[rank].pid for rank in ranks]
+
+
+# --- ranks that die -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_ranks_killed(ranks, start, check, tmp_path):
+    """The others go on at once, and replacements come."""
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        for pid in pids(run, ranks):
+            os.kill(pid, signal.SIGKILL)
+        done = job.wait()
+    check(done)
+    lost = happened(tmp_path / "r", events.Lost)
+    assert sum(len(event.members) for event in lost) == len(ranks)
+    assert all("was killed by signal 9" in event.how for event in lost)
+    assert not happened(tmp_path / "r", events.Restarted)
+    assert done.value("ranks") == "3"
+    assert sum(len(event.joined) for event in resizes(tmp_path / "r")) == 2 + len(ranks)
+
+
+def test_a_stall_is_a_loss(start, check, tmp_path):
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        os.kill(*pids(run, [1]), signal.SIGSTOP)
+        done = job.wait()
+    check(done)
+    (event,) = happened(tmp_path / "r", events.Lost)
+    assert (event.before, event.after) == (3, 2)
+
+
+def test_three_losses_at_a_step(start, tmp_path):
+    """What is fatal again and again is the program's own doing."""
+    fault = ";".join(["sum:kill:step=110:rank=1"] * 3)
+    with start(ranks=4, environ={FAULT_VARIABLE: fault}) as job:
+        done = job.wait()
+    assert done.code == 1
+    failure = RunDirectory(tmp_path / "r").failure()
+    assert "the 3rd process lost at step 110; the program itself seems to end them there" in failure.error
+    assert failure.error in done.err
+
+
+def test_three_restarts_at_a_step(start, tmp_path):
+    fault = ";".join(["sum:kill:step=3"] * 3)
+    with start(ranks=1, pause_s=0.4, environ={FAULT_VARIABLE: fault}) as job:
+        done = job.wait()
+    assert done.code == 1
+    assert len(happened(tmp_path / "r", events.Restarted)) == 2
+    assert "given up: step 3 has failed 3 times" in done.err
+    assert "hpc-elastic resume" in done.err
+
+
+def test_a_part_of_an_array_is_lost(tmp_path):
+    """Only the lost rank held it: all start again, from the last checkpoint."""
+    plate = [SCRIPTS / "plate.py", 33, TURNS, PAUSE_S]
+    with Job(hpc_elastic("run", "--run-dir", "static", *plate[:-1], 0), folder=tmp_path) as job:
+        static = job.wait().value("sha256")
+    options = ["--run-dir", "r", "--ranks", 3, "--slots", 3, "--set", "checkpoint_steps=10", "--set", "stall_s=2"]
+    with Job(hpc_elastic("run", *options, *plate), folder=tmp_path) as job:
+        run = under_way(tmp_path / "r")
+        until(lambda: happened(run.path, events.Checkpointed))
+        os.kill(*pids(run, [1]), signal.SIGKILL)
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    (event,) = happened(run.path, events.Restarted)
+    assert "process 1" in event.reason
+    (resumed,) = happened(run.path, events.Resumed)
+    assert 0 < resumed.step <= event.step
+
+
+# --- newcomers that can't come --------------------------------------------------------------------------------------------
+
+NEWCOMER = """
+import os, pathlib, time
+if "hpc_elastic.worker" in pathlib.Path("/proc/self/cmdline").read_text():
+    {deed}
+"""
+
+
+@pytest.mark.parametrize(
+    ("deed", "fault", "reason"),
+    [
+        ("os._exit(3)", "", "newcomer 1 ended with exit code 3 before it had joined"),
+        ("os.kill(os.getpid(), 9)", "", "newcomer 1 was killed by signal 9 before it had joined"),
+        ("time.sleep(60)", "", "the newcomers were not there after 3 s"),
+        ("pass", "warm:stop:role=newcomer", "newcomer 1 gave no sign of life for too long"),
+        ("pass", "init:kill:role=newcomer", "newcomer 1 was killed by signal 9 before it had joined"),
+        ("pass", "gather:kill:role=newcomer", "newcomer 1 was killed by signal 9 before it had joined"),
+    ],
+)
+def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path):
+    """It costs the job nothing: the others step on."""
+    script = tmp_path / "script.py"
+    script.write_text(NEWCOMER.format(deed=deed) + (SCRIPTS / "softmax.py").read_text().replace('"""', "'''", 2))
+    with start(
+        ranks=2, script=script, environ={FAULT_VARIABLE: fault} if fault else {}, deadline_s=20 if fault else 3
+    ) as job:
+        done = job.wait()
+    check(done)
+    assert reason in refusals(tmp_path / "r")[0]
+    assert not happened(tmp_path / "r", events.Lost)
+    assert not happened(tmp_path / "r", events.Restarted)
+
+
+def test_one_of_two_newcomers(start, check, tmp_path):
+    """The other one comes."""
+    with start(environ={FAULT_VARIABLE: "warm:kill:member=1"}) as job:
+        done = job.wait()
+    check(done)
+    assert "goes on without one: newcomer 1 was killed by signal 9" in refusals(tmp_path / "r")[0]
+    assert resizes(tmp_path / "r")[0].joined == (2,)
+
+
+# --- signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_told_to_leave(rank, start, check, tmp_path):
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        (pid,) = pids(run, [rank])
+        os.kill(pid, signal.SIGTERM)
+        done = job.wait()
+    check(done)
+    left = [event for event in resizes(tmp_path / "r") if event.left]
+    assert [run.record(number).member.pid for event in left for number in event.left] == [pid]
+    assert not happened(tmp_path / "r", events.Lost)
+
+
+def test_all_ranks_told_to_leave(start, check, tmp_path):
+    """The job stops with a checkpoint, and goes on from there with other ranks."""
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        for pid in pids(run, range(3)):
+            os.kill(pid, signal.SIGTERM)
+        done = job.wait()
+    assert done.code == 0, done.err
+    stopped = run.status()
+    assert stopped.state == "stopped"
+    with Job(hpc_elastic("resume", "r", "--ranks", 2), folder=tmp_path) as job:
+        done = job.wait()
+    check(done)
+    (resumed,) = happened(tmp_path / "r", events.Resumed)
+    assert resumed.step == stopped.step
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def killed(job, run):
+    """Kill everything of a job that has made two checkpoints, the supervisor first."""
+    until(lambda: len(happened(run.path, events.Checkpointed)) >= 2)
+    for pid in [job.process.pid, *job.left()]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    job.process.wait()
+    until(lambda: not job.left())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
+    with start(ranks=2) as job:
+        run = under_way(tmp_path / "r", 2)
+        killed(job, run)
+    with Job(hpc_elastic("resume", "r", "--ranks", ranks, "--slots", 3), folder=tmp_path) as job:
+        done = job.wait()
+    check(done)
+    (resumed,) = happened(tmp_path / "r", events.Resumed)
+    assert resumed.step % 10 == 0
+
+
+def test_a_truncated_checkpoint(start, check, tmp_path):
+    """The one before it is used."""
+    with start(ranks=2) as job:
+        run = under_way(tmp_path / "r", 2)
+        killed(job, run)
+    before, newest = sorted((run.path / "checkpoints").glob("[0-9]*"))[-2:]
+    for part in newest.glob("part-*.h5"):
+        os.truncate(part, part.stat().st_size // 2)
+    with Job(hpc_elastic("resume", "r"), folder=tmp_path) as job:
+        done = job.wait()
+    check(done)
+    (resumed,) = happened(run.path, events.Resumed)
+    assert resumed.path == str(before)
+    assert f"checkpoint {newest} is damaged" in done.err
+    assert newest.with_name(f"{newest.name}.damaged").exists() or not newest.exists()
+
+
+def test_the_checkpoints_folder_is_lost(start, check, tmp_path):
+    """Others are made as soon as it can be made again."""
+    folder = tmp_path / "elsewhere"
+    with start(ranks=2, checkpoint_dir=folder) as job:
+        run = under_way(tmp_path / "r", 2)
+        until(lambda: happened(run.path, events.Checkpointed))
+        shutil.rmtree(folder)
+        folder.touch()
+        until(lambda: any(event.error for event in happened(run.path, events.Checkpointed)))
+        folder.unlink()
+        done = job.wait()
+    check(done)
+    assert "the job goes on" in done.err
+    assert not happened(run.path, events.Checkpointed)[-1].error
+    assert not happened(run.path, events.Lost)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that soon is full."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"a file system can't be mounted here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_the_disk_is_full(start, check, small_disk, tmp_path):
+    """Training goes on, and checkpoints are made again when there is room."""
+    with start(ranks=2, checkpoint_dir=small_disk) as job:
+        run = under_way(tmp_path / "r", 2)
+        until(lambda: any(event.error for event in happened(run.path, events.Checkpointed)))
+        subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+        done = job.wait()
+    check(done)
+    assert "the disk is full" in done.err
+    assert not happened(run.path, events.Checkpointed)[-1].error
