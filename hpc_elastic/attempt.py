@@ -188,6 +188,8 @@ class Attempt:
                 self._kill_ranks()
                 grace_s = SHORT_GRACE_S
         self._end(grace_s)
+        with contextlib.suppress(OSError):
+            self._run.sweep()
         if thoroughly:
             return leftovers.remove(self._run.path, self._begun)
         leftovers.remove_shared_memory(self._begun)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping  # msgspec needs it
@@ -40,6 +41,7 @@ from .model import Member, Request, numbers
 
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
+HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9]+)")
 PARTS = ("inbox", "answers", *ATTEMPT)
 
 
@@ -319,6 +321,13 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 path.rename(folder / path.name)
         return number
+
+    def sweep(self) -> None:
+        """Remove values half written, which processes that were killed left; nobody may be writing."""
+        for folder in (self.path, *(self.path / name for name in PARTS)):
+            for path in folder.glob(".*"):
+                if HALF_WRITTEN.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     # --- failure ---------------------------------------------------------------------------------------------------
 
