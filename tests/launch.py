@@ -21,8 +21,6 @@ ROOT = Path(__file__).parent.parent
 MARK = "JOB_UNDER_TEST"
 SCRIPTS = Path(__file__).parent / "elastic" / "scripts"
 GONE_WITHIN_S = 5.0
-LAUNCHERS = ("mpiexec", "mpiexec.hydra", "hydra_pmi_proxy")
-LAUNCHERS_FILES = "hydra_hwloc_xmlfile_*"  # in /tmp, whatever TMPDIR says
 
 
 @dataclass
@@ -47,7 +45,6 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.limit_s = limit_s
         self._begun = time.monotonic()
-        self._since = time.time()
         self._shared = _shared_memory()
         self._folder = folder
         self._files = folder / f"out-{self.mark[:8]}", folder / f"err-{self.mark[:8]}"
@@ -125,15 +122,12 @@ class Job:
         # Segments that a process maps are another job's.
         rests = unmapped([Path("/dev/shm") / name for name in _shared_memory() - self._shared])
         assert not rests, f"left in /dev/shm: {rests}\n{self.text()[1]}"
-        rests = [*self._temporary_files(), *(path for run in _runs(self._folder) for path in unfinished(run))]
+        # Open MPI leaves the folder of its session when a shell started the first process; launchers remove theirs.
+        temporary = (
+            path for top in self._temporary.glob("*") if not top.name.startswith("ompi.") for path in (top, *top.rglob("*"))
+        )
+        rests = [*temporary, *(path for run in _runs(self._folder) for path in unfinished(run))]
         assert not rests, f"files left behind: {', '.join(map(str, rests))}\n{self.text()[1]}"
-
-    def _temporary_files(self) -> list[Path]:
-        found = list(self._temporary.rglob("*"))
-        if not _runs_somewhere(LAUNCHERS):  # else they may be another job's
-            since = [path for path in Path("/tmp").glob(LAUNCHERS_FILES) if path.stat().st_mtime >= self._since]
-            found.extend(since)
-        return found
 
     def _kill(self) -> None:
         for pid in self.left():
@@ -147,16 +141,6 @@ class Job:
 def _runs(folder: Path) -> list[Path]:
     """Return the run directories in `folder`, and in ``runs/`` there."""
     return [path.parent for pattern in ("*/ranks", "runs/*/ranks") for path in folder.glob(pattern)]
-
-
-def _runs_somewhere(names: Sequence[str]) -> bool:
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "comm").read_text().strip() in names:
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def _stack(pid: int) -> str:

@@ -144,14 +144,15 @@ def _supply(rng: random.Random, steps: int) -> str:
 
 
 def _trouble(rng: random.Random, kind: str, steps: int) -> Trouble:
+    step = rng.randint(2 if rng.random() < 0.2 else 50, steps - 10)  # at first there is one rank, or few
     if kind not in FAULTS:
-        return Trouble(kind, "", rng.randint(2, steps - 10), rng.random())
+        return Trouble(kind, "", step, rng.random())
     action = f"delay={rng.choice([0.05, 0.5, 1, 3])}" if kind == "fault delay" else FAULTS[kind]
     groups = [IN_CHECKPOINTS[1:]] if kind == "disk full" else [IN_STEPS, IN_CHECKPOINTS, IN_RESIZES, IN_RESIZES, IN_LOSSES]
     stages = rng.choice(groups)
     parts = [rng.choice(stages), action]
     if stages is IN_STEPS:
-        parts.append(f"step={rng.randint(2, steps - 10)}")
+        parts.append(f"step={step}")
     elif stages is not IN_LOSSES:
         parts.extend([f"gen={rng.randint(0, 3)}"] if rng.random() < 0.3 else [])
     if rng.random() < 0.6:

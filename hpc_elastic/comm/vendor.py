@@ -93,9 +93,6 @@ VENDORS = (
             "OMPI_MCA_btl": "self,sm,tcp",
             # coll/han judges a communicator that spans spawned jobs differently on its two sides, and Split then hangs.
             "OMPI_MCA_coll": "^han",
-            # ULFM, also for the launcher that the first spawn of a process started by hand starts.
-            "OMPI_MCA_mpi_ft_enable": "1",
-            "PRTE_MCA_prte_enable_ft": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
