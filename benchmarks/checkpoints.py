@@ -36,7 +36,7 @@ RANKS = 2
 CYCLE = 20  # steps from one checkpoint to the next
 STATE_BYTES = 100_000_000
 BLOCK, PAIRS = 10, 10  # steps with or without the machinery, as in the job; pairs of such in a round
-BATCHES = {"short": 1024, "long": 16384}  # steps of about 5 ms and 50 ms
+BATCHES = {"short": 4096, "long": 32768}  # steps of about 5 ms and 50 ms
 CHECKPOINT_GOAL, MACHINERY_GOAL = 1.05, 1.01
 
 

@@ -140,11 +140,15 @@ class Chaos:
         failure = RunDirectory(run).failure()
         said = failure.error if failure is not None else ""
         if done.code == 1 and failure is not None:
-            if failure.kind == "error" and any(f"fault {trouble.text}" in said for trouble in drawn.troubles):
+            if failure.kind == "error" and any(
+                f"fault {trouble.text.split(';')[-1]}" in said for trouble in drawn.troubles if trouble.text
+            ):
                 return FAILED, ""
-            # Each trouble can cost one restart, and no more.
+            # Each blow can cost one restart, and no more.
             if failure.kind == "lost" and f"given up: restarts = {drawn.restarts}" in done.err:
-                return GAVE_UP, "" if drawn.restarts < len(drawn.troubles) else "more restarts than troubles"
+                return GAVE_UP, "" if drawn.restarts < sum(
+                    trouble.blows for trouble in drawn.troubles
+                ) else "more restarts than blows"
         return WRONG, f"ended with {done.code}: {said}\n{done.err}"
 
 

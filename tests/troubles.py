@@ -63,9 +63,9 @@ class Trouble:
         return f"{self.kind} ({self.text})" if self.text else f"{self.kind} at step {self.step}"
 
     @property
-    def raises(self) -> bool:
-        """True if the program itself fails, so that the job may."""
-        return self.kind == "fault raise"
+    def blows(self) -> int:
+        """How many losses it can lead to at most, one after another."""
+        return self.text.count(";") + 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def _trouble(rng: random.Random, kind: str, steps: int) -> Trouble:
         parts.extend([f"gen={rng.randint(0, 3)}"] if rng.random() < 0.3 else [])
     if rng.random() < 0.6:
         parts.append(rng.choice([f"rank={rng.randint(0, 2)}", f"role={rng.choice(ROLES)}", f"member={rng.randint(0, 4)}"]))
-    return Trouble(kind, ":".join(parts))
+    before = f"sum:kill:rank=1:step={step};" if stages is IN_LOSSES else ""
+    return Trouble(kind, before + ":".join(parts))
 
 
 # --- deeds ----------------------------------------------------------------------------------------------------------------
