@@ -66,8 +66,12 @@ VENDORS = (
         key="mpich",
         title="MPICH",
         banner="HYDRA",
-        # UCX warns at the end of requests never matched after a rank was lost.
-        environment={"UCX_LOG_LEVEL": "error"},
+        environment={
+            # UCX warns at the end of requests never matched after a rank was lost.
+            "UCX_LOG_LEVEL": "error",
+            # A rank that reads from the memory of one that has just died would be aborted by UCX.
+            "UCX_TLS": "^cma",
+        },
         launch=(),
         spawns_at_once=True,
         shrinks=False,
