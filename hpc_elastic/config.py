@@ -65,9 +65,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     restarts : int
         Restarts from the last checkpoint at most, under ``hpc-elastic run``.
     checkpoint_steps : int
-        A checkpoint every so many steps; 0 for none.
+        Checkpoints so often that a restart does no more than so many steps again; 0 for none.
     checkpoint_s : float
-        A checkpoint every so many seconds; 0 for none.
+        The same in seconds; 0 for none.
     checkpoints_kept : int
         How many of the last checkpoints are kept.
     checkpoint_dir : str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,6 +13,7 @@ from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
 from .inbox import Inbox
+from .interval import Interval
 from .plan import Office, Plan
 from .reports import Here, Reports
 from .underway import Invitations, UnderWay, make_plan
@@ -63,7 +65,7 @@ class Leader:
         self._invitations = Invitations(self)
         self._under_way: UnderWay | None = None
         self._committing: UnderWay | None = None
-        self._saved_step, self._saved_s = -1, session.clock()
+        self._interval: Interval | None = None
         self._next_status = 0.0
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
@@ -123,27 +125,29 @@ class Leader:
 
     def _checkpoint_due(self, here: Here) -> bool:
         """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
-        saving, config, now, step = self.saving, self.session.config, self.session.clock(), here.cursor.step
-        if saving is None:
+        if self.saving is None:
             return False
-        self.report_checkpoints()
-        if self._saved_step < 0:
-            self._saved_step = step
-        due = self._inbox.wants_checkpoint or (0 < config.checkpoint_s <= now - self._saved_s)
-        due = due or 0 < config.checkpoint_steps <= step - self._saved_step
-        if not due or saving.busy:
+        now, step, config = time.time(), here.cursor.step, self.session.config
+        if self._interval is None:
+            office = self.office  # of the leader before, if there was one
+            begun = (office.saved_step, office.saved_s) if office.saved_s else (step, now)
+            self._interval = Interval(config.checkpoint_steps, config.checkpoint_s, *begun)
+        if self.report_checkpoints():
+            self._interval.written(step, now)
+        if not (self._inbox.wants_checkpoint or self._interval.due(step, now)) or self.saving.busy:
             return False
-        self._saved_step, self._saved_s = step, now
-        if self._inbox.wants_checkpoint:
-            self._inbox.keep(saves=False)
+        self._interval.began(step, now)
+        self.office = msgspec.structs.replace(self.office, saved_step=step, saved_s=now, saves=False)
         return True
 
-    def report_checkpoints(self) -> None:
-        """Tell of the checkpoints that are done, or have failed."""
-        for outcome in self.saving.outcomes() if self.saving is not None else []:
+    def report_checkpoints(self) -> bool:
+        """Tell of the checkpoints that are done, or have failed, and return whether there were any."""
+        outcomes = self.saving.outcomes() if self.saving is not None else []
+        for outcome in outcomes:
             self.reports.log.write(outcome)
             if outcome.error:
                 self.reports.say(f"the checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
+        return bool(outcomes)
 
     # --- resizes ------------------------------------------------------------------------------------------------------
 

@@ -240,7 +240,7 @@ def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
         done = job.wait()
     check(done)
     (resumed,) = happened(tmp_path / "r", events.Resumed)
-    assert resumed.step % 10 == 0
+    assert resumed.step > 0
 
 
 def test_a_truncated_checkpoint(start, check, tmp_path):

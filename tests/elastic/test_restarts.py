@@ -38,9 +38,9 @@ SUM = str(sum(range(TURNS)))
 def start(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    def begin(*options):
+    def begin(*options, turns=TURNS):
         settings = ["--run-dir", "r", "--slots", 2, "--ranks", 2, "--set", f"checkpoint_steps={EVERY}", *options]
-        return Job(hpc_elastic("run", *settings, "script.py", TURNS), folder=tmp_path)
+        return Job(hpc_elastic("run", *settings, "script.py", turns), folder=tmp_path)
 
     return begin
 
@@ -61,7 +61,7 @@ def signal_all(run, number):
 
 def resumed(run):
     (event,) = [event for event in events.read(run.events) if isinstance(event, events.Resumed)]
-    assert event.step % EVERY == 0
+    assert event.step > 0
     return event
 
 
@@ -116,7 +116,7 @@ def test_supervisor_that_is_killed(start, tmp_path):
 
 
 def test_verify_and_checkpoint(start, tmp_path):
-    with start() as job:
+    with start(turns=6 * TURNS) as job:
         run = under_way(tmp_path / "r")
         before = run.status().step
         with Job(hpc_elastic("checkpoint", "r", "--wait"), folder=tmp_path) as asking:
