@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import time
 
+import numpy as np
 import pytest
 
 from hpc_elastic import events
+from hpc_elastic.checkpoint import Store
 from hpc_elastic.rundir import RunDirectory
 
+from ..afterwards import happened
 from ..launch import Job, hpc_elastic, until
 
 TURNS, EVERY = 160, 20
@@ -113,6 +119,62 @@ def test_supervisor_that_is_killed(start, tmp_path):
         assert done.value("sum") == SUM
         resumed(run)
         until(lambda: not job.left())
+
+
+SAVING = """
+import sys, time
+import numpy as np
+import hpc_elastic as he
+
+def train(job):
+    x, turns = np.zeros(1 << 18), np.zeros(1, np.int64)
+    plate = job.array("plate", (1 << 10, 64), np.float64)
+    job.register(x=x, turns=turns)
+    for turn in job.loop(1_000_000):
+        x += 1
+        plate.local[:] += 1
+        turns += 1
+        time.sleep(0.002)
+
+if __name__ == "__main__":
+    he.run(train)
+"""
+
+
+def kill_everything(job):
+    """Kill the whole tree, the supervisor first: nobody is left who could tidy up."""
+    for pid in [job.process.pid, *job.left()]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    until(lambda: not job.left())
+
+
+def test_everything_killed_while_checkpoints_are_written(request, tmp_path):
+    """At any moment: a good checkpoint is found, and it is no older than the last that was told of."""
+    kills, draw = 50 if request.config.getoption("all_faults") else 6, random.Random(7)
+    (tmp_path / "saving.py").write_text(SAVING)
+    settings = ["--ranks", 2, "--slots", 2, "--set", "checkpoint_steps=6"]
+    command = hpc_elastic("run", "--run-dir", "r", *settings, "saving.py")
+    reached = 0
+    for _ in range(kills):
+        with Job(command, folder=tmp_path) as job:
+            until((tmp_path / "r" / "status.json").exists)
+            run = RunDirectory(tmp_path / "r")
+            seen = len(happened(run.path, events.Checkpointed))
+            until(lambda run=run, seen=seen: len(happened(run.path, events.Checkpointed)) >= seen + 2)
+            moment = time.monotonic() + draw.uniform(0, 0.5)
+            until(lambda moment=moment: time.monotonic() > moment)
+            told = [event.step for event in happened(run.path, events.Checkpointed) if not event.error]
+            kill_everything(job)
+        newest = Store(run.path / "checkpoints").newest()
+        assert newest is not None
+        step = newest.about.cursor.step
+        assert step >= max(told) > reached
+        np.testing.assert_array_equal(newest.rows("plate", 0, 1 << 10), step)
+        reached = step
+        command = hpc_elastic("resume", "r")
+    assert not list((run.path / "checkpoints").glob("*.damaged"))
 
 
 def test_verify_and_checkpoint(start, tmp_path):
