@@ -128,7 +128,7 @@ import hpc_elastic as he
 
 def train(job):
     x, turns = np.zeros(1 << 18), np.zeros(1, np.int64)
-    plate = job.array("plate", (1 << 10, 64), np.float64)
+    plate = job.array((1 << 10, 64), np.float64, name="plate")
     job.register(x=x, turns=turns)
     for turn in job.loop(1_000_000):
         x += 1
