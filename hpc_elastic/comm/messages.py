@@ -41,6 +41,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     member: int
     slot: int
+    companion: int = -1
+    gpus: str = ""
     run_dir: str
     settings: dict[str, object]
     argv: list[str]
@@ -49,6 +51,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     started: float
     leader: Member
+    launcher: list[str] = []
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

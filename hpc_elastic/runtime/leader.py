@@ -120,8 +120,13 @@ class Leader:
         return None
 
     def poll(self, here: Here) -> Supply:
-        """Ask the broker for the supply."""
-        return self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+        """Ask the broker for the supply, and give back what it granted too late."""
+        supply = self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+        if self._under_way is None or not self._under_way.wanted:
+            late = tuple(lease for lease in supply.leases if lease not in self.office.leases)
+            if late:
+                self.broker.release(late)
+        return supply
 
     def _checkpoint_due(self, here: Here) -> bool:
         """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
@@ -194,12 +199,24 @@ class Leader:
         self.reports.log.write(event)
         try:
             check(resize.ranks, leavers=resize.leavers, now=size, minimum=minimum, maximum=self.office.max_ranks)
-            arrivals = self._invitations.invite(here, newcomers(size, resize))
+            wanted = newcomers(size, resize)
+            arrivals = self._invitations.invite(wanted)
         except (ResizeRefused, LaunchError, OSError) as refusal:
             self._refused(here, resize, str(refusal), forced=forced)
             return
-        self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced)
+        self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced, wanted)
         self._next_status = 0.0
+        self._take(self._under_way, here)
+
+    def _take(self, way: UnderWay, here: Here) -> bool:
+        """Start newcomers where slots were granted; False if the resize can't go on for that."""
+        try:
+            problem = self._invitations.take(way, here)
+        except (LaunchError, OSError) as refusal:
+            problem = str(refusal)
+        if problem:
+            self._give_up(here, problem, backs_off=False)
+        return not problem
 
     def _advance(self, here: Here) -> bool:
         """Move the resize under way on; True when it can be committed."""
@@ -208,6 +225,8 @@ class Leader:
         arrivals = way.arrivals
         if arrivals is None:
             return True
+        if not self._take(way, here):
+            return False
         problem = self._invitations.drop_failing(way, here) or arrivals.problem()
         if not problem and arrivals.passed(here.loop):
             # They connected for a loop that has ended meanwhile: they have to come again.
@@ -221,7 +240,7 @@ class Leader:
         if problem:
             self._give_up(here, problem)
             return False
-        if arrivals.warm():
+        if not way.wanted and arrivals.warm():
             arrivals.bring()
         return arrivals.there()
 
@@ -258,10 +277,11 @@ class Leader:
         self._invitations.dismiss(way)
         return way
 
-    def _give_up(self, here: Here, reason: str) -> None:
+    def _give_up(self, here: Here, reason: str, *, backs_off: bool = True) -> None:
         """Call the resize under way off."""
         way = self._again()
-        self._back_off(way)
+        if backs_off:
+            self._back_off(way)
         self._refused(here, way.resize, reason, forced=way.forced)
 
     def _back_off(self, way: UnderWay) -> None:
