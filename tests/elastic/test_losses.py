@@ -19,7 +19,6 @@ from ..shards import SAMPLES
 
 EPOCHS, PAUSE_S = 10, 0.02
 SETTINGS = {"ledger": "true", "stall_s": 2, "deadline_s": 20, "checkpoint_steps": 10}
-TURNS = 150
 
 
 @pytest.fixture(scope="module")
@@ -119,25 +118,6 @@ def test_three_restarts_at_a_step(start, tmp_path):
     assert len(happened(tmp_path / "r", events.Restarted)) == 2
     assert "given up: step 3 has failed 3 times" in done.err
     assert "hpc-elastic resume" in done.err
-
-
-def test_a_part_of_an_array_is_lost(tmp_path):
-    """Only the lost rank held it: all start again, from the last checkpoint."""
-    plate = [SCRIPTS / "plate.py", 33, TURNS, PAUSE_S]
-    with Job(hpc_elastic("run", "--run-dir", "static", *plate[:-1], 0), folder=tmp_path) as job:
-        static = job.wait().value("sha256")
-    options = ["--run-dir", "r", "--ranks", 3, "--slots", 3, "--set", "checkpoint_steps=10", "--set", "stall_s=2"]
-    with Job(hpc_elastic("run", *options, *plate), folder=tmp_path) as job:
-        run = under_way(tmp_path / "r")
-        until(lambda: happened(run.path, events.Checkpointed))
-        os.kill(*pids(run, [1]), signal.SIGKILL)
-        done = job.wait()
-    assert done.code == 0, done.err
-    assert done.value("sha256") == static
-    (event,) = happened(run.path, events.Restarted)
-    assert "process 1" in event.reason
-    (resumed,) = happened(run.path, events.Resumed)
-    assert 0 < resumed.step <= event.step
 
 
 # --- newcomers that can't come --------------------------------------------------------------------------------------------
