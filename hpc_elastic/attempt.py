@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
+
 from . import leftovers
 from .errors import RunDirectoryError
 from .rundir import Failure, RunDirectory
@@ -19,6 +21,7 @@ FAILED_S = 10.0  # how long ranks have to say why they were lost
 PIPES_S = 0.5  # and the launcher, to pass that on: it would wait for any child of theirs that has the end of a pipe
 SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
 LOOK_S = 1.0
+PROXY_S, HEADLESS_S = 0.25, 1.0
 
 
 def beats(folder: Path) -> dict[str, int]:
@@ -65,6 +68,16 @@ class Pulse:
         return self._clock() - self._alive
 
 
+def _has_child(pid: int, name: str) -> bool:
+    """Tell whether process `pid` has a child of this `name` that lives."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.name()[:15] == name[:15] and child.status() != psutil.STATUS_ZOMBIE:
+                    return True
+    return False
+
+
 class Attempt:
     """A job under its launcher.
 
@@ -80,6 +93,8 @@ class Attempt:
         Its working directory.
     outlived : bool
         True if ranks with a launcher of their own can go on without it.
+    proxy : str
+        Name of the process between the launcher and the ranks, without which the launcher is no good; if there is one.
 
     Attributes
     ----------
@@ -92,13 +107,21 @@ class Attempt:
     """
 
     def __init__(
-        self, run: RunDirectory, command: list[str], environ: Mapping[str, str], directory: str, *, outlived: bool
+        self,
+        run: RunDirectory,
+        command: list[str],
+        environ: Mapping[str, str],
+        directory: str,
+        *,
+        outlived: bool,
+        proxy: str = "",
     ) -> None:
         self._run = run
         self._outlived = outlived
         self._begun = time.time()
         self._pulse = Pulse(run.path / "ranks")
         self._next_look = self._failed_since = self._gone_since = self._well_since = 0.0
+        self._proxy, self._next_proxy, self._headless_since = proxy, 0.0, 0.0
         self.lingers = False
         self.hangs = ""
         self.process = subprocess.Popen(command, env=environ, cwd=directory, start_new_session=True)
@@ -112,6 +135,7 @@ class Attempt:
             If the run directory can't be read at the moment.
         """
         now = time.monotonic()
+        self._end_headless(now)
         lost = self._failed_as() in ("lost", "interrupted")  # errors end by themselves
         if self.process.poll() is not None:
             if lost or not (self._outlived and self._ranks_run(stall_s)):
@@ -132,6 +156,16 @@ class Attempt:
         if self.hangs:
             lose(self._run, self.hangs)
         return bool(self.hangs)
+
+    def _end_headless(self, now: float) -> None:
+        """End a launcher whose process between it and the ranks is gone: nobody hears or tells it anything."""
+        if not self._proxy or now < self._next_proxy or self.process.poll() is not None:
+            return
+        self._next_proxy = now + PROXY_S
+        if _has_child(self.process.pid, self._proxy):
+            self._headless_since = now
+        elif 0 < self._headless_since < now - HEADLESS_S:  # not one that is about to end
+            self.process.kill()
 
     def _ranks_run(self, stall_s: float) -> bool:
         """Tell whether ranks are there, as they can be without this launcher: some have one of their own."""
@@ -192,6 +226,7 @@ class Attempt:
             self._run.sweep()
         if thoroughly:
             return leftovers.remove(self._run.path, self._begun)
+        leftovers.await_proxies(self._run.path)
         leftovers.remove_shared_memory(self._begun)
         return []
 

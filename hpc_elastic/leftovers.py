@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from .comm.vendor import orphaned_files, orphaned_shared_memory
+from .comm.vendor import VENDORS, named, orphaned_files, orphaned_shared_memory
 from .config import RUN_VARIABLE
 
 PROC = Path("/proc")
@@ -76,6 +76,14 @@ def remove(run: Path, since: float) -> list[int]:
         time.sleep(LOOK_S)
     remove_shared_memory(since)
     return left
+
+
+def await_proxies(run: Path) -> None:
+    """Wait a moment until the launchers' own processes have ended, which a killed launcher leaves behind."""
+    names = {vendor.proxy for vendor in VENDORS if vendor.proxy}
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while time.monotonic() < deadline and any(belongs(pid, run) for name in names for pid in named(name)):
+        time.sleep(LOOK_S)
 
 
 def remove_shared_memory(since: float) -> None:

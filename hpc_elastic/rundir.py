@@ -42,7 +42,7 @@ from .model import Member, Request, numbers
 
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
-HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9]+)")
+HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{16}|[0-9]+)(\.[0-9a-f]{8})?")
 PARTS = ("inbox", "answers", "companions", *ATTEMPT)
 
 
@@ -334,11 +334,14 @@ class RunDirectory:
         return number
 
     def sweep(self) -> None:
-        """Remove values half written, which processes that were killed left; nobody may be writing."""
-        for folder in (self.path, *(self.path / name for name in PARTS)):
+        """Remove what processes that were killed left: values half written, and sockets. Nobody may be writing."""
+        folders = (self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*"))
+        for folder in folders:
             for path in folder.glob(".*"):
                 if HALF_WRITTEN.fullmatch(path.name):
                     path.unlink(missing_ok=True)
+        for socket in self.newcomers.glob("*.sock"):
+            socket.unlink(missing_ok=True)
 
     # --- failure ---------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,22 @@ class Store:
         with appearing(sign) as descriptor:
             put(descriptor, 0, msgspec.json.encode(_Written(about.generation, written)))
 
+    def give_up(self, about: About, part: int, why: str) -> None:
+        """Tell the process that commits that one part will not come; `why` is for people."""
+        with contextlib.suppress(OSError):
+            self._sign(about, part).touch(mode=0o600)
+            self._sign(about, part).write_text(why)
+
+    def given_up(self, about: About, parts: Iterable[int]) -> str | None:
+        """Return why a part will not come, as far as that could be written down; None if none is given up."""
+        for part in parts:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                return self._sign(about, part).read_text()
+        return None
+
+    def _sign(self, about: About, part: int) -> Path:
+        return self._unfinished(about) / f"part-{part}-{about.generation}.failed"
+
     def ready(self, about: About, parts: Iterable[int]) -> bool:
         """Tell whether all `parts` of the checkpoint `about` are complete."""
         return all(self._written(about, part) for part in parts)

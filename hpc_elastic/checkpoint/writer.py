@@ -176,6 +176,8 @@ class Writer:
             error = f"checkpoint {about.name} was not written: {type(problem).__name__}: {problem}"
         if error and commits:
             self._store.discard(about)  # a full disk needs the space
+        elif error:
+            self._store.give_up(about, part, error)
         nbytes = len(header) + sum(array.nbytes for array in arrays) + sum(each.values.nbytes for each in rows)
         self._outcomes.append(Outcome(about, path, error, time.perf_counter() - began, nbytes))
 
@@ -183,6 +185,8 @@ class Writer:
         missing = set(parts)
         until = time.monotonic() + self._limit_s
         while missing := {part for part in missing if not self._store.ready(about, [part])}:
+            if (why := self._store.given_up(about, missing)) is not None:
+                raise CheckpointError(why or "a part could not be written, and not even that could be said")
             if self._abandoned.wait(POLL_S) or time.monotonic() > until:
                 why = "it was given up" if self._abandoned.is_set() else f"they did not come within {self._limit_s:g} s"
                 raise CheckpointError(

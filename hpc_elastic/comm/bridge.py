@@ -39,8 +39,8 @@ class Bridge(Protocol):
         """Return the connection with newcomer `member`; returns when it has initialised MPI."""
         ...
 
-    def give_up(self, run: RunDirectory, member: int) -> None:
-        """Have `connect` come to an end: newcomer `member` is gone, and nobody stands in for it."""
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """Have `connect` come to an end: newcomer `member` is gone. False if that can't be done yet, or need not."""
         ...
 
 
@@ -54,8 +54,15 @@ class Spawn:
         """Return nothing: this rank's launcher starts it."""
         return []
 
-    def give_up(self, run: RunDirectory, member: int) -> None:
-        """Do nothing: what was spawned stands in."""
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """End the call where nobody can stand in, on Open MPI: by a name that means nothing, where it waits for another."""
+        file = run.newcomers / f"{member}.parent"
+        if not file.exists():
+            return False
+        service = file.read_text()
+        file.unlink()
+        MPI.Publish_name(service, "given up")
+        return True
 
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:
         """Spawn the handover to newcomer `member`."""
@@ -89,10 +96,11 @@ class Join:
             file.unlink(missing_ok=True)
             MPI.Close_port(port)
 
-    def give_up(self, run: RunDirectory, member: int) -> None:
+    def give_up(self, run: RunDirectory, member: int) -> bool:
         """Call in place of a newcomer that is gone."""
         stand_in = [sys.executable, "-I", "-S", str(PACKAGE / "handover.py"), "--stand-in", socket_of(run, member)]
         # A session of its own: what ends this rank's process group leaves it alone.
         subprocess.Popen(
             [*self._mpiexec, *stand_in], env=without_session(), stdin=subprocess.DEVNULL, start_new_session=True
         )
+        return True

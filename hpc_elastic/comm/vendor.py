@@ -41,7 +41,8 @@ class Vendor:
     leaves_shared_memory : tuple of str
         Patterns below ``/dev/shm`` of what a killed job leaves there.
     leaves_files, proxy : str
-        Pattern of the files that a killed launcher leaves, and the name of the process that needs them.
+        Pattern of the files that a killed launcher leaves, and the name of the process between it and the ranks, which has
+        them open.
     facts : dict
         What it can do, for people.
     """
@@ -71,6 +72,8 @@ VENDORS = (
             "UCX_LOG_LEVEL": "error",
             # A rank that reads from the memory of one that has just died would be aborted by UCX.
             "UCX_TLS": "^cma",
+            # UCX's TCP writes into buffers by offset; an answer from one that has died in between crashes the survivor.
+            "UCX_TCP_PUT_ENABLE": "n",
         },
         launch=(),
         spawns_at_once=True,
@@ -191,21 +194,35 @@ def orphaned_files(since: float = 0.0) -> list[Path]:
     """Return what launchers of this user, killed after the time `since`, left among the temporary files."""
     found = []
     for vendor in VENDORS:
-        for path in LAUNCHERS_FILES.glob(vendor.leaves_files) if vendor.leaves_files else []:
+        there = list(LAUNCHERS_FILES.glob(vendor.leaves_files)) if vendor.leaves_files else []
+        held = _held(vendor.proxy) if there else set()
+        for path in there:
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                if status.st_uid == os.geteuid() and status.st_mtime >= since and not _runs(vendor.proxy):
+                if status.st_uid == os.geteuid() and status.st_mtime >= since and str(path) not in held:
                     found.append(path)
     return found
 
 
-def _runs(name: str) -> bool:
-    """Tell whether a process of this `name` runs, whoever's; its kernel's name has 15 characters."""
+def _held(name: str) -> set[str]:
+    """Return the files that this user's processes of the `name` have open."""
+    found = set()
+    for pid in named(name):
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(str(descriptor.readlink()))
+    return found
+
+
+def named(name: str) -> list[int]:
+    """Return the processes of this `name`, whoever's; the kernel's names have 15 characters."""
+    found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and (entry / "comm").read_text().rstrip("\n") == name[:15]:
-                return True
-    return False
+                found.append(int(entry.name))
+    return found
 
 
 def unmapped(paths: list[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
 from .inbox import Inbox
-from .interval import Interval
+from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports
 from .underway import Invitations, UnderWay, make_plan
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
+GUARDS_WORD_S = 0.1
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
 
@@ -61,11 +62,11 @@ class Leader:
         self.saving: Saving | None = None
         self._office = office
         self._keep_office()
-        self._inbox = Inbox(self)
+        self.inbox = Inbox(self)
         self._invitations = Invitations(self)
         self._under_way: UnderWay | None = None
         self._committing: UnderWay | None = None
-        self._interval: Interval | None = None
+        self.keeping = Keeping(self)
         self._next_status = 0.0
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
@@ -93,17 +94,18 @@ class Leader:
         With `hold`, wait for newcomers. `point` and `losses` are what a plan says of the members to newcomers.
         """
         now, hold = self.session.clock(), self.session.config.hold
-        self._inbox.look(here)
+        self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
             under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
             self.reports.status(here, self.world, self.office, "running", under_way)
-        told = self._inbox.leaving()
-        if self._inbox.stops:
-            self.reports.say(f"the job stops at step {here.cursor.step}: {self._inbox.stops}")
+        told = self.inbox.leaving()
+        if self.inbox.stops:
+            self.reports.say(f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
             return "stop"
-        if self._checkpoint_due(here):
-            return "checkpoint"
+        kept = self.keeping.due(here)
+        if kept:
+            return kept
         # A resize is done when its leavers are gone: only then their slots can be had again.
         if hold:
             self.world.watch.until(self._all_gone, self.session.config.deadline_s, "leavers to end")
@@ -127,32 +129,6 @@ class Leader:
             if late:
                 self.broker.release(late)
         return supply
-
-    def _checkpoint_due(self, here: Here) -> bool:
-        """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
-        if self.saving is None:
-            return False
-        now, step, config = time.time(), here.cursor.step, self.session.config
-        if self._interval is None:
-            office = self.office  # of the leader before, if there was one
-            begun = (office.saved_step, office.saved_s) if office.saved_s else (step, now)
-            self._interval = Interval(config.checkpoint_steps, config.checkpoint_s, *begun)
-        if self.report_checkpoints():
-            self._interval.written(step, now)
-        if not (self._inbox.wants_checkpoint or self._interval.due(step, now)) or self.saving.busy:
-            return False
-        self._interval.began(step, now)
-        self.office = msgspec.structs.replace(self.office, saved_step=step, saved_s=now, saves=False)
-        return True
-
-    def report_checkpoints(self) -> bool:
-        """Tell of the checkpoints that are done, or have failed, and return whether there were any."""
-        outcomes = self.saving.outcomes() if self.saving is not None else []
-        for outcome in outcomes:
-            self.reports.log.write(outcome)
-            if outcome.error:
-                self.reports.say(f"the checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
-        return bool(outcomes)
 
     # --- resizes ------------------------------------------------------------------------------------------------------
 
@@ -311,8 +287,15 @@ class Leader:
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
+            self._await_guards(verdict.lost)
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
+
+    def _await_guards(self, members: tuple[Member, ...]) -> None:
+        """Wait a moment for the guards to say how these have ended: who was there sees a death before its guard does."""
+        until = time.monotonic() + GUARDS_WORD_S
+        while time.monotonic() < until and any(self.session.run.end_of(member.id) is None for member in members):
+            time.sleep(GUARDS_WORD_S / 50)
 
     def how(self, member: Member) -> str:
         """Return how a process ended, for people: as its guard saw it, and what it said itself."""
@@ -368,7 +351,7 @@ class Leader:
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
-        self.report_checkpoints()
+        self.keeping.report()
         if self._under_way is not None:
             self._again()
         self.reports.end(here, self.world, self.office, stopped=stopped)

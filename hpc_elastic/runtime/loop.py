@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import JobError, Retired
 from ..model import Cursor
-from .agreement import CHECKPOINT, END, RESIZE, STOP
+from .agreement import CHECKPOINT, COPY, END, RESIZE, STOP
 from .plan import Tally
 from .reports import Here
+from .saving import LEAVERS_WAIT_S
 
 if TYPE_CHECKING:
     from .membership import Membership
@@ -64,11 +65,13 @@ class Loop:
         if word == END:
             raise JobError(f"rank 0 left the loop at step {self.here.cursor.step}, and this rank did not: all have to")
         if word == RESIZE and self._membership.world is None:
-            self._saving.finish()
+            self._saving.finish(LEAVERS_WAIT_S)
             self._membership.leave(self.here)
             return self._join()
         if word in (STOP, CHECKPOINT):
             self._saving.save(self.here)
+        elif word == COPY:
+            self._saving.copy(self.here)
         self.stopped = word == STOP
         return not self.stopped
 

@@ -836,3 +836,23 @@ def test_buffers_are_used_again():
         same(one, other)
     assert [one is other for one, other in zip(first, second, strict=False)] == [True, False, True]
     assert len(buffers.copy(arrays)) == 4
+
+
+# --- parts that can't be written ------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_fails_is_not_waited_for(tmp_path):
+    """Who commits is told, and says what went wrong on the other rank."""
+    store = Store(tmp_path / "c")
+    leads, other = Writer(store), Writer(store)
+    leads.write(about(), 0, (0, 1), b"", [], [], commits=True)
+    bad = np.array([object()], dtype=object)
+    other.write(about(), 1, (0, 1), b"", [bad], [], commits=False)
+    assert other.wait(LIMIT_S)
+    assert leads.wait(LIMIT_S)
+    (theirs,) = other.done()
+    (ours,) = leads.done()
+    assert theirs.error
+    assert theirs.error in ours.error
+    assert store.newest() is None
+    assert not list((tmp_path / "c").iterdir())

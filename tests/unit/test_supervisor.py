@@ -194,6 +194,33 @@ rank.end()
     assert event.step == 5
 
 
+def test_a_launcher_without_its_proxy_is_ended(start):
+    """It would hear nothing any more, pass on nothing, and might never end."""
+    with start(
+        """
+import psutil
+rank = Rank()
+if rank.attempt == 1:
+    rank.step(5)
+    proxies = [process for process in psutil.Process().parents() if process.name() == "hydra_pmi_proxy"]
+    time.sleep(1)  # the supervisor looks for it now and then
+    if not proxies:
+        rank.leave(0)  # this MPI's launcher has none
+    for process in proxies:
+        process.kill()
+    while True:
+        rank.beat()
+        time.sleep(0.1)
+rank.end()
+""",
+        stall_s=1,
+    ) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    (event,) = told(events.Restarted)
+    assert event.step == 5
+
+
 def test_ranks_that_go_on_without_the_launcher_are_waited_for(start):
     """Newcomers can have a launcher of their own, and the seed leave before them."""
     with start(
