@@ -42,8 +42,9 @@ class Commands:
 
     def snapshot(self) -> Snapshot:
         """Return all nodes and jobs: one squeue, one sinfo."""
-        jobs = decoding.jobs(self._run("squeue", "--all", "--json").stdout)
-        return Snapshot(decoding.nodes(self._run("sinfo", "--all", "--Node", "--json").stdout), jobs)
+        queue = self._run("squeue", "--all", "--json")
+        nodes = self._run("sinfo", "--all", "--Node", "--json")
+        return Snapshot(decoding.nodes(nodes.stdout, nodes.stderr), decoding.jobs(queue.stdout, queue.stderr))
 
     def partitions(self) -> tuple[Partition, ...]:
         """Return the partitions, from ``scontrol``'s text: it is the same in all versions."""
@@ -57,7 +58,8 @@ class Commands:
     def own_job(self, number: int) -> QueuedJob | None:
         """Return one job; None if Slurm doesn't know it. By squeue, since scontrol has JSON for jobs from 24.05 on only."""
         try:
-            jobs = decoding.jobs(self._run("squeue", "--all", f"--jobs={number}", "--json").stdout)
+            output = self._run("squeue", "--all", f"--jobs={number}", "--json")
+            jobs = decoding.jobs(output.stdout, output.stderr)
         except SlurmRefused as error:
             if GONE.search(str(error)):
                 return None

@@ -5,6 +5,7 @@ It changed between versions; each difference is met in one place here:
 - a number was plain, with null for none; from 23.02 on it is ``{"set": …, "infinite": …, "number": …}``;
 - states and sharing were one word; later they are lists, and flags of a node stand among its states;
 - sinfo gave ``nodes``, one entry a node; from 23.11 on it gives ``sinfo``, with ``-N`` one entry a node *and partition*;
+- sharing was told, and is not in 26.05 (`sharing`);
 - a node's reason was text; later it is an object with a description.
 
 Fields that are not named here are skipped without being built, which is most of the time saved.
@@ -33,6 +34,18 @@ class Wrapped(msgspec.Struct):
 
 Number = int | float | str | Wrapped | None
 Words = str | list[str] | None
+
+
+class Whole(msgspec.Struct):
+    """Of a job that runs: whether its nodes are all its own."""
+
+    whole: bool | None = False
+
+
+class Has(msgspec.Struct):
+    """Of a job that runs: what it has."""
+
+    nodes: Whole | str | list[msgspec.Raw] | None = None
 
 
 class RawJob(msgspec.Struct):
@@ -70,6 +83,8 @@ class RawJob(msgspec.Struct):
     requeue: bool | None = False
     shared: Words = None
     exclusive: Words | bool = None
+    job_resources: Has | list[msgspec.Raw] | None = None
+    submit_line: str | None = ""
     required_nodes: str | None = ""
     excluded_nodes: str | None = ""
     array_job_id: Number = 0
@@ -208,11 +223,27 @@ def listed(value: Words) -> tuple[str, ...]:
     return tuple(part for part in (value.split(",") if isinstance(value, str) else value or []) if part)
 
 
+def sharing(raw: RawJob) -> tuple[bool, bool]:
+    """Return whether a job wants its nodes alone, and whether it shares CPUs.
+
+    26.05 leaves ``shared`` empty. There a running job's nodes are marked as whole, and of a waiting one only the line by which
+    it was submitted tells; ``#SBATCH --exclusive`` in its script is not seen.
+    """
+    said = words(raw.shared)
+    alone = raw.exclusive if isinstance(raw.exclusive, bool) else bool({"true", "none"} & words(raw.exclusive))
+    has = raw.job_resources.nodes if isinstance(raw.job_resources, Has) else None
+    whole = isinstance(has, Whole) and bool(has.whole)
+    options = (raw.submit_line or "").split(" --wrap")[0].split()
+    return (
+        "none" in said or alone or whole or "--exclusive" in options,
+        "oversubscribe" in said or "--oversubscribe" in options or "-s" in options,
+    )
+
+
 def job(raw: RawJob) -> QueuedJob:
     """Return a job as `seen` has it."""
     limit_min = number(raw.time_limit)
-    sharing = words(raw.shared)
-    alone = words(raw.exclusive) if not isinstance(raw.exclusive, bool) else {"true"} if raw.exclusive else frozenset()
+    exclusive, shared = sharing(raw)
     asked = (raw.tres_per_job, raw.tres_per_node, raw.tres_per_socket, raw.tres_per_task)
     return QueuedJob(
         id=number(raw.job_id) or 0,
@@ -242,8 +273,8 @@ def job(raw: RawJob) -> QueuedJob:
         comment=raw.comment or "",
         reservation=raw.resv_name or "",
         requeue=bool(raw.requeue),
-        exclusive="none" in sharing or bool({"true", "none"} & alone),
-        shared="oversubscribe" in sharing,
+        exclusive=exclusive,
+        shared=shared,
         required_nodes=raw.required_nodes or "",
         excluded_nodes=raw.excluded_nodes or "",
         array_id=number(raw.array_job_id) or None,
@@ -293,28 +324,28 @@ def by_node(rows: list[RawRow]) -> tuple[Node, ...]:
     )
 
 
-def complain(command: str, problems: list[Problem]) -> None:
+def complain(command: str, problems: list[Problem], stderr: str) -> None:
     """Raise what a command tells in ``errors``."""
-    told = "; ".join(dict.fromkeys(text for p in problems for text in (p.description, p.error) if text))
+    told = "\n".join([text for p in problems for text in (p.description, p.error) if text] + [stderr])
     if problems:
         raise refusal(command, told, 0)
 
 
-def jobs(text: bytes) -> tuple[QueuedJob, ...]:
+def jobs(text: bytes, stderr: str = "") -> tuple[QueuedJob, ...]:
     """Return the jobs of ``squeue --json``; a `SlurmError` if it tells of trouble or can't be read."""
     try:
         raw = QUEUE.decode(text)
     except msgspec.DecodeError as error:
         raise SlurmError(f"squeue --json can't be read: {error}. Is this Slurm 22.05 or newer, with JSON?") from error
-    complain("squeue", raw.errors)
+    complain("squeue", raw.errors, stderr)
     return tuple(job(each) for each in raw.jobs or ())
 
 
-def nodes(text: bytes) -> tuple[Node, ...]:
+def nodes(text: bytes, stderr: str = "") -> tuple[Node, ...]:
     """Return the nodes of ``sinfo -N --json``; a `SlurmError` if it tells of trouble or can't be read."""
     try:
         raw = NODES.decode(text)
     except msgspec.DecodeError as error:
         raise SlurmError(f"sinfo --json can't be read: {error}. Is this Slurm 22.05 or newer, with JSON?") from error
-    complain("sinfo", raw.errors)
+    complain("sinfo", raw.errors, stderr)
     return by_node(raw.sinfo) if raw.sinfo is not None else tuple(node(each) for each in raw.nodes or ())
