@@ -210,7 +210,7 @@ def moment(value: Number) -> float | None:
 def words(value: Words) -> frozenset[str]:
     """Return states in any of their forms, lower case, the names of old versions as in new ones."""
     parts = [value] if isinstance(value, str) else value or []
-    found = set()
+    found: set[str] = set()
     for word in (word for part in parts for word in part.lower().split("+")):
         name = word.rstrip("*~#!%$@^-")  # the marks of sinfo's short form; "*" is the one that matters
         found.update({WORDS.get(name, name)} if name else ())
@@ -226,8 +226,8 @@ def listed(value: Words) -> tuple[str, ...]:
 def sharing(raw: RawJob) -> tuple[bool, bool]:
     """Return whether a job wants its nodes alone, and whether it shares CPUs.
 
-    26.05 leaves ``shared`` empty. There a running job's nodes are marked as whole, and of a waiting one only the line by which
-    it was submitted tells; ``#SBATCH --exclusive`` in its script is not seen.
+    26.05 leaves ``shared`` empty. There a running job's nodes are marked as whole, and of a waiting one only its command line
+    tells; ``#SBATCH --exclusive`` in its script is not seen.
     """
     said = words(raw.shared)
     alone = raw.exclusive if isinstance(raw.exclusive, bool) else bool({"true", "none"} & words(raw.exclusive))
