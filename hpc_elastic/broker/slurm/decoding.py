@@ -226,8 +226,8 @@ def listed(value: Words) -> tuple[str, ...]:
 def sharing(raw: RawJob) -> tuple[bool, bool]:
     """Return whether a job wants its nodes alone, and whether it shares CPUs.
 
-    26.05 leaves ``shared`` empty. There a running job's nodes are marked as whole, and of a waiting one only its command line
-    tells; ``#SBATCH --exclusive`` in its script is not seen.
+    26.05 leaves ``shared`` empty. There a running job's nodes are marked as whole, and of a waiting one only its command
+    line tells; ``#SBATCH --exclusive`` in its script is not seen.
     """
     said = words(raw.shared)
     alone = raw.exclusive if isinstance(raw.exclusive, bool) else bool({"true", "none"} & words(raw.exclusive))
