@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+_children: dict[int, subprocess.Popen[bytes]] = {}  # of this process, so that it reaps them
 LOOK_S = 0.01
 END_S = 5.0
 
@@ -45,6 +46,7 @@ def start(folder: Path, name: str, command: list[str], environ: Mapping[str, str
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environ), start_new_session=True
         )
+    _children[process.pid] = process
     (folder / "pid" / name).write_text(str(process.pid))
     return process.pid
 
@@ -60,17 +62,17 @@ def pid_of(folder: Path, name: str) -> int:
 
 def alive(pid: int) -> bool:
     """Tell whether a process runs; a zombie, which nobody reaps, does not."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    if pid in _children:
+        return _children[pid].poll() is None
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def end(pids: list[int]) -> None:
-    """End processes, by force if need be."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end(pids: list[int], first: signal.Signals = signal.SIGTERM) -> None:
+    """End processes by a signal, and by force if need be."""
+    for number in (first, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
