@@ -127,7 +127,7 @@ class Supervisor:
         environ[RUN_VARIABLE] = str(self.run.path)
         environ[SUPERVISED_VARIABLE] = str(self._began)  # a time limit counts from here, over all restarts
         try:
-            outlived = self.config.arrival == "join"
+            outlived = self.config.joins
             attempt = Attempt(
                 self.run,
                 self.command(),

@@ -1,4 +1,4 @@
-"""Isolated nodes: each in network, hostname, ipc, mount and process namespaces of its own, on a bridge of the controller's."""
+"""Isolated nodes: each in namespaces of its own, network and hostname too, on a bridge of the controller's."""
 
 from __future__ import annotations
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...model import Lease, Supply
 from .companions import Companion, companion_of
 from .desk import Desk, State
-from .wishes import Needs, Queue, seen_from
+from .room import Room
+from .wishes import LEAST_S, Queue, seen_from
 
 FIRST_REST_S, LONGEST_REST_S = 5.0, 300.0  # how long nothing is asked for after a refusal
-DEAD_S = 5.0  # without a sign of life of a companion's agent, while Slurm says its node is not well, or it is not there
+COMING_S = 3.0  # how long after a companion's end its node may not be seen as idle yet
 SOON_S = 60.0  # before its own end a companion is given back, if the job goes on after that
 
 
@@ -30,12 +31,15 @@ class Limits:
         How long a companion may be pending.
     node_hours : float
         Node-hours that companions may use in all; 0 for no limit.
+    own_slots : bool
+        True on the host of the job's batch script, where ranks can be started without a companion.
     """
 
     considerate: bool = True
     ranks_per_node: int = 1
     patience_s: float = 10.0
     node_hours: float = 0.0
+    own_slots: bool = True
 
 
 class SlurmBroker:
@@ -45,8 +49,6 @@ class SlurmBroker:
     ----------
     desk : Desk
         Reads the queue and carries orders.
-    needs : Needs
-        What a companion needs, and what the job's own allocation is.
     limits : Limits
         What the user allows.
     leases : tuple of Lease
@@ -58,13 +60,11 @@ class SlurmBroker:
     def __init__(
         self,
         desk: Desk,
-        needs: Needs,
         limits: Limits,
         leases: tuple[Lease, ...] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._desk = desk
-        self._needs = needs
         self._limits = limits
         self._clock = clock
         self._leases = leases
@@ -73,7 +73,7 @@ class SlurmBroker:
         self._rest_s, self._rest_until = FIRST_REST_S, 0.0
         self._bars: dict[str, float] = {}  # node -> until when it is not used
         self._slot_bars: dict[int, float] = {}
-        self._judged: tuple[State, Queue] | None = None
+        self._judged: tuple[object, Queue] = None, Queue()
         self._next = max(desk.state.companions, default=-1) + 1
         held = {companion_of(lease.slot) for lease in leases}
         for number, companion in desk.state.companions.items():
@@ -104,11 +104,11 @@ class SlurmBroker:
         state, now = self._desk.state, self._clock()
         queue = self._queue(state)
         left = n - len(own)
-        room = len(self._free(state, queue, now)) if now >= self._rest_until else 0
-        options = self._needs.options(now, exclude=[node for node, until in self._bars.items() if until > now])
-        while left > 0 and room > 0:
+        room = len(self._free(state, queue, now)) if now >= self._rest_until and not state.trouble else 0
+        barred = [node for node, until in self._bars.items() if until > now]
+        while left > 0 and room > 0 and state.needs is not None:
             ranks = min(left, self._limits.ranks_per_node)
-            self._desk.ask(self._next, ranks, (*options, f"--comment={self._desk.name(self._next)}"))
+            self._desk.ask(self._next, ranks, state.needs.asked(now, barred))
             self._awaited[self._next] = now
             self._next, left, room = self._next + 1, left - ranks, room - 1
         if left > 0:
@@ -173,28 +173,37 @@ class SlurmBroker:
 
     def _queue(self, state: State) -> Queue:
         """Return what the queue means for the job; worked out once for each reading."""
-        if self._judged is None or self._judged[0] is not state:
-            if self._judged is not None and self._judged[0].snapshot is state.snapshot:
-                queue = self._judged[1]
-            else:
-                queue = seen_from(state.snapshot, self._needs, state.companions)
-            self._judged = state, queue
+        if state.snapshot is not None and state.needs is not None and self._judged[0] is not state.snapshot:
+            self._judged = state.snapshot, seen_from(state.snapshot, state.needs, state.companions)
         return self._judged[1]
 
     def _own_free(self) -> list[int]:
+        if not self._limits.own_slots:
+            return []
         now = self._clock()
         taken = {lease.slot for lease in self._leases}
         barred = {slot for slot, until in self._slot_bars.items() if until > now}
         return [slot for slot in range(self._limits.ranks_per_node) if slot not in taken | barred]
 
-    def _live(self, state: State) -> dict[int, Companion]:
-        return {n: c for n, c in state.companions.items() if c.end is None and not c.released and c.held is not None}
+    @staticmethod
+    def _live(state: State) -> dict[int, str]:
+        """Return the companions that are held, and their nodes."""
+        there = state.companions.items()
+        return {n: c.held.node for n, c in there if c.end is None and not c.released and c.held is not None}
+
+    def _room(self, state: State, queue: Queue, now: float) -> Room:
+        coming = frozenset(
+            c.held.node
+            for c in state.companions.values()
+            if c.held is not None and c.released and (c.end is None or now - c.ended_s < COMING_S)
+        )
+        return queue.room(self._live(state), coming, is_considerate=self._limits.considerate)
 
     def _free(self, state: State, queue: Queue, now: float) -> list[str]:
         """Return idle nodes that may be taken."""
         taken = {c.held.node for c in state.companions.values() if c.held is not None and c.end is None}
         barred = {node for node, until in self._bars.items() if until > now}
-        room = queue.room(self._live(state), considerate=self._limits.considerate)
+        room = self._room(state, queue, now)
         free = [node for node in room.free if node not in taken | barred]
         return free[: max(0, len(free) - len(self._awaited))]
 
@@ -207,9 +216,9 @@ class SlurmBroker:
             return own, f"the last request was refused, the next comes in {self._rest_until - now:.0f} s: {self._refused}"
         if self._used_up(state, now):
             return own, f"node_hours = {self._limits.node_hours:g} are used up"
-        if (left := queue.ends - now) < self._needs.least_s:
+        if (left := queue.own_end_s - now) < LEAST_S:
             return own, f"the job's time limit is {max(left, 0):.0f} s away"
-        room = queue.room(self._live(state), considerate=self._limits.considerate)
+        room = self._room(state, queue, now)
         stale = f" (Slurm does not answer: {state.trouble})" if state.trouble else ""
         if state.trouble:
             return own, room.why + stale
@@ -225,8 +234,7 @@ class SlurmBroker:
         """Return the companions that have to go, and why."""
         found = []
         used_up = self._used_up(state, now)
-        live = self._live(state)
-        room = queue.room(live, considerate=self._limits.considerate)
+        room = self._room(state, queue, now)
         held = {companion_of(lease.slot) for lease in self._leases} - {-1}
         for number in sorted(held):
             companion = state.companions.get(number)
@@ -240,7 +248,7 @@ class SlurmBroker:
                 found.append((number, f"Slurm takes {node} back: it is preempted"))
             elif node in queue.failing:
                 found.append((number, f"{node} is {queue.failing[node]}"))
-            elif ends - now < SOON_S < queue.ends - now:
+            elif ends - now < SOON_S < queue.own_end_s - now:
                 found.append((number, f"the companion on {node} is near its time limit"))
             elif used_up:
                 found.append((number, f"node_hours = {self._limits.node_hours:g} are used up"))

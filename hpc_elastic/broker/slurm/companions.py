@@ -12,8 +12,11 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,8 @@ class Companion:
         True if the job has given it back.
     end : str or None
         Why its agent ended it; None as long as it has not.
+    ended_s : float
+        When that was, in seconds since 1970.
     """
 
     number: int
@@ -64,6 +69,11 @@ class Companion:
     told: bool = False
     released: bool = False
     end: str | None = None
+    ended_s: float = 0.0
+
+    def seconds(self, now_s: float) -> float:
+        """Return for how long it has been held."""
+        return max(0.0, (self.ended_s or now_s) - self.held.time) if self.held is not None else 0.0
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -72,6 +82,7 @@ class Companion:
         return tuple(range(first, first + self.asked.ranks))
 
 
+MARK = "hpc_elastic "  # with what the comments of companions begin, this job's and others'
 MOST_RANKS = 1024  # a companion's, so that each has slots of its own
 
 
@@ -92,11 +103,12 @@ class Files:
     def __init__(self, run_path: Path) -> None:
         self.folder = run_path / "companions"
         self._known: dict[int, Companion] = {}
+        self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def name(self, number: int) -> str:
         """Return the comment by which Slurm's job is known as companion `number` of this run."""
         run = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
-        return f"hpc_elastic {run} {number}"
+        return f"{MARK}{run} {number}"
 
     def path(self, number: int, kind: str) -> Path:
         """Return the path of one of a companion's files."""
@@ -106,9 +118,9 @@ class Files:
         """Return all companions by their numbers, ended ones too. What does not change is read once."""
         kinds: dict[int, set[str]] = {}
         for entry in os.scandir(self.folder):
-            number, _, kind = entry.name.partition(".")
-            if number.isdecimal() and kind:
-                kinds.setdefault(int(number), set()).add(kind)
+            stem, _, kind = entry.name.partition(".")
+            if stem.isdecimal() and kind:
+                kinds.setdefault(int(stem), set()).add(kind)
         for number, there in sorted(kinds.items()):
             if "asked.json" in there:
                 self._known[number] = self._read(number, there)
@@ -123,15 +135,17 @@ class Files:
         if held is None and "held.json" in there:
             held = self._get(number, "held.json", Held)
         beat = self.path(number, "beat").stat().st_mtime if "beat" in there else 0.0
-        end = self.path(number, "end").read_text(errors="replace") if "end" in there else None
-        return Companion(number, asked, held, beat, "term" in there, "release" in there, end)
+        end, ended_s = None, 0.0
+        if "end" in there:
+            end, ended_s = self.path(number, "end").read_text(errors="replace"), self.path(number, "end").stat().st_mtime
+        return Companion(number, asked, held, beat, "term" in there, "release" in there, end, ended_s)
 
-    def _get(self, number: int, kind: str, struct: type) -> object:
+    def _get(self, number: int, kind: str, struct: type[T]) -> T:
         return msgspec.json.decode(self.path(number, kind).read_bytes(), type=struct)
 
     def ask(self, number: int, asked: Asked) -> None:
         """Write down that a companion is asked for, or Slurm's number of it."""
-        self._put(self.path(number, "asked.json"), msgspec.json.encode(asked))
+        self.put(self.path(number, "asked.json"), msgspec.json.encode(asked))
         (self.folder / str(number)).mkdir(mode=0o700, exist_ok=True)
 
     def release(self, number: int) -> None:
@@ -140,10 +154,11 @@ class Files:
 
     def end(self, number: int, why: str) -> None:
         """Write down that a companion has ended, where its agent can't: it never ran, or is gone."""
-        self._put(self.path(number, "end"), why.encode())
+        self.put(self.path(number, "end"), why.encode())
 
     @staticmethod
-    def _put(path: Path, content: bytes) -> None:
+    def put(path: Path, content: bytes) -> None:
+        """Write a file so that it is there whole, or not at all."""
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)

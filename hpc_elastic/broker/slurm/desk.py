@@ -21,6 +21,7 @@ from .companions import Asked, Companion, Files
 if TYPE_CHECKING:
     from .reading import Slurm
     from .seen import Snapshot
+    from .wishes import Needs
 
 FILES_EVERY_S = 0.02
 QUEUE_EVERY_S = 0.5
@@ -36,6 +37,8 @@ class State:
     ----------
     companions : mapping
         The companions by number, as their files tell.
+    needs : Needs or None
+        What a companion needs, once Slurm was asked.
     snapshot : Snapshot or None
         The queue, once it has been read.
     read_s : float
@@ -45,6 +48,7 @@ class State:
     """
 
     companions: Mapping[int, Companion]
+    needs: Needs | None = None
     snapshot: Snapshot | None = None
     read_s: float = 0.0
     trouble: str = ""
@@ -59,19 +63,21 @@ class Desk:
         How Slurm is spoken to.
     files : Files
         The companions' files.
+    needs : callable
+        Asks Slurm what a companion needs.
     script : callable
         Returns the batch script of companion `number`.
     """
 
-    def __init__(self, slurm: Slurm, files: Files, script: Callable[[int], str]) -> None:
+    def __init__(self, slurm: Slurm, files: Files, needs: Callable[[], Needs], script: Callable[[int], str]) -> None:
         self._slurm = slurm
         self._files = files
+        self._needs = needs
         self._script = script
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._look = threading.Event()
         self.state = State(files.read())
-        self.calls_s: list[float] = []
         for target in (self._read_files, self._read_queue, self._carry_orders):
             threading.Thread(target=target, name=f"slurm {target.__name__}", daemon=True).start()
 
@@ -81,6 +87,8 @@ class Desk:
         """Ask for companion `number`. It is written down before this returns."""
         asked = Asked(ranks=ranks, time=time.time())
         self._files.ask(number, asked)
+        own = (f"--comment={self._files.name(number)}", f"--output={self._files.path(number, 'out')}")
+        options = (*options, *own, f"--chdir={self._files.folder}")
         self._orders.put(lambda: self._submit(number, asked, options))
 
     def release(self, number: int) -> None:
@@ -161,6 +169,7 @@ class Desk:
         while True:
             begun = time.monotonic()
             try:
+                needs = self.state.needs or self._needs()
                 snapshot = self._slurm.snapshot()
             except SlurmError as problem:
                 pause = min(2 * pause, LONGEST_BACK_OFF_S)
@@ -171,6 +180,6 @@ class Desk:
                 # A slow controller is asked less often.
                 pause = min(max(QUEUE_EVERY_S, 10 * took), LONGEST_BACK_OFF_S)
                 with self._lock:
-                    self.state = replace(self.state, snapshot=snapshot, read_s=begun, trouble="")
+                    self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=begun, trouble="")
             self._look.wait(pause)
             self._look.clear()
