@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -193,8 +194,8 @@ def test_whatever_is_killed_no_companion_stays(victim, job, cluster, static):
 
 def above(pid, name):
     """Return the ancestor of a process whose command line has the `name`."""
-    while name.encode() not in open(f"/proc/{pid}/cmdline", "rb").read():
-        pid = int(open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1])
+    while name.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     return pid
 
 
@@ -229,6 +230,6 @@ def test_companions_that_are_refused(options, said, job, static):
 def test_not_in_a_slurm_job(tmp_path, cluster):
     shards.write(tmp_path)
     command = hpc_elastic("run", "--set", "broker=slurm", SCRIPTS / "softmax.py", tmp_path, 1)
-    done = cluster.run(["env", "-u", "SLURM_JOB_ID", f"PYTHONPATH={ROOT}", "-C", tmp_path, *command], check=False)
+    done = cluster.run(["env", "-C", tmp_path, "-u", "SLURM_JOB_ID", f"PYTHONPATH={ROOT}", *command], check=False)
     assert done.returncode == 1
     assert "needs a Slurm job" in done.stderr
