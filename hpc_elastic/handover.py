@@ -62,12 +62,15 @@ def main() -> None:
 def stand_in(path: str) -> None:
     """Take the newcomer's place in MPI_Init."""
     # The newcomer is gone, and MPI_Init had not returned. The leader's call ends only when somebody has come: be the one
-    # and leave again. Open MPI lets nobody in for a process that has come once: there, the leader's call ends with an error
-    # when a name that means nothing is published (MPI_Publish_name) for the service that this file names.
+    # and leave again. Open MPI lets nobody in for a process that has come once: there, the leader gives its call up, for
+    # which it needs the name of the service that it waits for.
     stem = path.removesuffix(".sock")
     if "OMPI_PARENT_PORT" in os.environ:
-        with open(stem + ".parent", "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        beside = f"{stem}.parent.{os.getpid()}"
+        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(os.environ["OMPI_PARENT_PORT"] + ":connect")
+        os.rename(beside, stem + ".parent")
+        os._exit(0)
     guard_py = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guard.py")
     command = [sys.executable, "-c", STAND_IN, stem + ".port"]
     os.execv(sys.executable, [sys.executable, "-I", "-S", guard_py, "--stand-in", *command])  # noqa: S606

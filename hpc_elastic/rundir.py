@@ -41,7 +41,7 @@ from .model import Member, Request, numbers
 
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
-HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9]+)")
+HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{16}|[0-9]+)")
 PARTS = ("inbox", "answers", *ATTEMPT)
 
 
@@ -305,6 +305,7 @@ class RunDirectory:
 
     def retire_attempt(self) -> int:
         """Put away what an attempt left, so that the next one begins clean, and return its number."""
+        self.sweep()
         number = self.attempt()
         folder = self.path / "attempts" / str(number)
         folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -315,19 +316,21 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).rename(folder / name)
             fresh.rename(self.path / name)
-        for socket in (folder / "newcomers").glob("*.sock"):
-            socket.unlink()  # of guards that were killed
         for path in (self.path / "office.json", self._failure):  # the failure last: until then it looks like one that failed
             with contextlib.suppress(FileNotFoundError):
                 path.rename(folder / path.name)
         return number
 
+    def rests(self) -> list[Path]:
+        """Return what processes that were killed leave: values half written, and sockets; some may still be in use."""
+        folders = [self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*")]
+        found = [path for folder in folders for path in folder.glob(".*") if HALF_WRITTEN.fullmatch(path.name)]
+        return [*found, *self.newcomers.glob("*.sock")]
+
     def sweep(self) -> None:
-        """Remove values half written, which processes that were killed left; nobody may be writing."""
-        for folder in (self.path, *(self.path / name for name in PARTS)):
-            for path in folder.glob(".*"):
-                if HALF_WRITTEN.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+        """Remove these; nobody may be writing."""
+        for path in self.rests():
+            path.unlink(missing_ok=True)
 
     # --- failure ---------------------------------------------------------------------------------------------------
 

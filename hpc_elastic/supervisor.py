@@ -128,7 +128,9 @@ class Supervisor:
         environ[SUPERVISED_VARIABLE] = str(self._began)  # a time limit counts from here, over all restarts
         try:
             outlived = self.config.arrival == "join"
-            attempt = Attempt(self.run, self.command(), environ, self.launch.directory, outlived=outlived)
+            proxied = self.vendor.proxied
+            command, directory = self.command(), self.launch.directory
+            attempt = Attempt(self.run, command, environ, directory, outlived=outlived, proxied=proxied)
         except OSError as error:
             raise LaunchError(f"{self.mpiexec} can't be started: {error.strerror}") from error
         well = False

@@ -242,9 +242,12 @@ class Arrivals:
         Not by the main thread, which may wait for MPI's lock meanwhile.
         """
         since = self._clock()
+        ended = False
         while not connected.wait(LOOK_S):
-            if self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S:
+            if not ended and (self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S):
                 arrival.end()
+                ended = True
+            if self._bridge.give_up(self._run, arrival.options.member):
                 return
 
     def _gather(self, lines: list[MPI.Intercomm]) -> None:

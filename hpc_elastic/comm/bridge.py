@@ -13,7 +13,7 @@ from mpi4py import MPI
 from ..config import STDERR_VARIABLE
 from ..errors import LaunchError
 from ..rundir import RunDirectory
-from .messages import port_file
+from .messages import parent_file, port_file
 from .vendor import Vendor, find_mpiexec
 
 PACKAGE = Path(__file__).parent.parent
@@ -51,6 +51,10 @@ class Bridge(Protocol):
         """Return the connection with newcomer `member`; returns when it has initialised MPI."""
         ...
 
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """Let `connect` end with an error if newcomer `member` is known dead; True if that is done. For another thread."""
+        ...
+
 
 class Spawn:
     """The newcomer becomes a process of this rank's own launcher, by ``MPI_Comm_spawn``."""
@@ -61,6 +65,15 @@ class Spawn:
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:
         """Spawn the handover to newcomer `member`."""
         return MPI.COMM_SELF.Spawn(sys.executable, handover(run, member), maxprocs=1)
+
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """Publish what the spawn waits for, where nobody can stand in for the newcomer: something that means nothing."""
+        try:
+            service = parent_file(run, member).read_text()
+        except FileNotFoundError:
+            return False
+        MPI.Publish_name(service, "nobody.*")
+        return True
 
 
 class Join:
@@ -87,3 +100,7 @@ class Join:
         finally:
             file.unlink(missing_ok=True)
             MPI.Close_port(port)
+
+    def give_up(self, run: RunDirectory, member: int) -> bool:  # noqa: ARG002  (the seam's)
+        """Do nothing: somebody stands in for the newcomer."""
+        return False

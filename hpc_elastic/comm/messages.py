@@ -36,6 +36,11 @@ def port_file(run: RunDirectory, member: int) -> Path:
     return run.newcomers / f"{member}.port"
 
 
+def parent_file(run: RunDirectory, member: int) -> Path:
+    """Return where a handover writes which service of MPI's the leader waits for in vain, if newcomer `member` is dead."""
+    return run.newcomers / f"{member}.parent"
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What a newcomer must know before it runs the user's script."""
 

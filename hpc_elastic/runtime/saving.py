@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .session import Session
 
 LONGEST_WAIT_S = 600.0  # for a checkpoint that is being written when the rank ends
+LONGEST_LEAVE_S = 30.0  # for the part of a rank that leaves: its slot stays in use meanwhile
+LOOK_S = 0.05
 
 
 def bits(session: Session) -> dict[str, Any]:
@@ -116,10 +118,12 @@ class Saving:
             if done.path or done.error  # else it was a part of one that another rank commits
         ]
 
-    def finish(self) -> None:
-        """Wait until what is being written is on the disk."""
-        if self._writer is not None:
-            self._writer.wait(LONGEST_WAIT_S)
+    def finish(self, limit_s: float = LONGEST_WAIT_S) -> None:
+        """Wait until what is being written is on the disk, at most `limit_s` seconds. Parts of lost ranks don't come."""
+        writer, deadline = self._writer, self._session.clock() + limit_s
+        while writer is not None and not writer.wait(LOOK_S) and self._session.clock() < deadline:
+            if self._membership.bereft():
+                writer.abandon()
 
     # --- beginning with one -------------------------------------------------------------------------------------------
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from hpc_elastic import events
+from hpc_elastic import events, leftovers
+from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.rundir import RunDirectory
 
 from ..launch import Job, hpc_elastic, until
@@ -78,6 +80,23 @@ def test_all_ranks_at_once(number, options, start, tmp_path):
     assert event.attempt == 2
     assert resumed(run).step <= event.step + 1
     assert run.status().state == "ended"
+
+
+@pytest.mark.parametrize("names", [("hydra_pmi_proxy",), ("mpiexec.hydra", "mpiexec"), ("hydra_pmi_proxy", "mpiexec")])
+def test_launcher_in_pieces(names, start, tmp_path):
+    """A launcher that has lost the process it works through would stay for ever, and files of it if it is killed."""
+    if not find_mpiexec()[1].proxied:
+        pytest.skip("this launcher has no such process")
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        files = leftovers.files(run.path)
+        for pid in [pid for pid in job.left() if Path(f"/proc/{pid}/comm").read_text().strip() in names]:
+            os.kill(pid, signal.SIGKILL)
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sum") == SUM
+    assert sum(isinstance(event, events.Restarted) for event in events.read(run.events)) == 1
+    assert not [path for path in files if path.exists()]
 
 
 def test_stop_and_resume(start, tmp_path):
