@@ -174,6 +174,33 @@ def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path)
     assert not happened(tmp_path / "r", events.Restarted)
 
 
+IN_INIT = """
+    import contextlib, subprocess
+    from hpc_elastic.comm import door
+
+    @contextlib.contextmanager
+    def limited(_):
+        with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -9 {os.getpid()}"]):
+            yield
+
+    door.limited = limited
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01, 0.03, 0.06])
+def test_newcomer_killed_inside_init(seconds, start, check, tmp_path):
+    """The leader's spawn ends all the same; how the newcomer is missed depends on how far it came."""
+    script = tmp_path / "script.py"
+    newcomer = NEWCOMER.replace("{deed}", IN_INIT.strip().replace("{seconds}", str(seconds)))
+    script.write_text(newcomer + (SCRIPTS / "softmax.py").read_text().replace('"""', "'''", 2))
+    with start(ranks=2, script=script) as job:
+        done = job.wait()
+    check(done)
+    assert refusals(tmp_path / "r")
+    assert not happened(tmp_path / "r", events.Lost)
+    assert not happened(tmp_path / "r", events.Restarted)
+
+
 def test_one_of_two_newcomers(start, check, tmp_path):
     """The other one comes."""
     with start(environ={FAULT_VARIABLE: "warm:kill:member=1"}) as job:
