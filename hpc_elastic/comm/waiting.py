@@ -24,7 +24,6 @@ BYTES_PER_S = 0.5e9  # and as long as messages of many bytes may take: MPICH mov
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
 LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
-DEAF_S, DEAF_LOOKS = 1.0, 200  # how long, and how many looks, a rank waits for messages that it knows were sent
 BLAME_S = 10.0  # how long somebody to blame for an error of MPI's is looked for
 
 
@@ -194,38 +193,6 @@ class Watch:
                 self.check()
                 time.sleep(CHECK_EVERY_S)
             raise
-
-
-class Deaf:
-    """Finds out that a process hears nothing, though it looks often enough, and others have sent it something.
-
-    Parameters
-    ----------
-    sent : callable
-        Tells whether one of the others has.
-    clock : callable
-        Seconds.
-    """
-
-    def __init__(self, sent: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
-        self._sent = sent
-        self._clock = clock
-        self._since = float("inf")
-        self._looks = 0
-        self._next_look = 0.0
-
-    def __call__(self, *, heard: bool) -> bool:
-        """Take note of one look, and whether it was in vain; tell whether this process is deaf."""
-        now = self._clock()
-        if heard:
-            self._since, self._looks = float("inf"), 0
-        elif self._since == float("inf"):
-            if now >= self._next_look:
-                self._next_look = now + CHECK_EVERY_S
-                self._since = now if self._sent() else self._since
-        else:
-            self._looks += 1  # one that was stopped itself has looked little
-        return now - self._since > DEAF_S and self._looks > DEAF_LOOKS
 
 
 def send(comm: MPI.Comm, rank: int, tag: int, message: msgspec.Struct) -> None:

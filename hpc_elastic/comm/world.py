@@ -13,10 +13,11 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ..model import Generation, Member, Move
+from .liveness import DEAF_S, Deaf
 from .messages import BRIDGE_TAG, Party
 from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import DEAF_S, Deaf, LeftOut, Lost, Watch, forsaken, limited
+from .waiting import LeftOut, Lost, Watch, forsaken, limited
 
 T = TypeVar("T")
 Array = NDArray[np.generic]

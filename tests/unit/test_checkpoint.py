@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -758,6 +759,25 @@ def test_parts_that_never_come(store, given_up):
     writer.write(about(200), 0, [0], b"head", weights(200), [rows(GRID, 0, 20)], commits=True)
     assert writer.wait(LIMIT_S)
     check(store.newest(), 200)
+
+
+def test_a_part_that_can_not_be_written(store):
+    """Nobody waits for it; one of other members does not count, nor does one of an attempt before."""
+    leader, other = Writer(store, limit_s=LIMIT_S), Writer(store)
+    bad = replace(rows(GRID, 10, 20), dtype="<f2")
+    for generation, failed in ((2, []), (3, [1])):
+        other.write(about(generation=generation), 1, range(2), b"", [], [bad], commits=False)
+        assert other.wait(LIMIT_S)
+        assert "this is a fault" in other.done()[0].error
+        assert store.failed(about(), [0, 1]) == failed
+    leader.write(about(), 0, range(2), b"head", weights(100), [rows(GRID, 0, 10)], commits=True)
+    assert leader.wait(LIMIT_S / 2)
+    assert "parts 1 could not be written" in leader.done()[0].error
+    assert names(store.folder) == []
+    other.write(about(), 1, range(2), b"", [], [bad], commits=False)
+    assert other.wait(LIMIT_S)
+    store.write_part(about(), 1, b"", [], [rows(GRID, 10, 20)])
+    assert store.failed(about(), [0, 1]) == []
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from hpc_elastic import attempt, events, leftovers, restarts
 from hpc_elastic.attempt import Pulse
 from hpc_elastic.checkpoint import About, Store
+from hpc_elastic.comm import vendor
 from hpc_elastic.config import RUN_VARIABLE
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.interrupts import Interrupts
@@ -418,10 +419,10 @@ rank.end()
     assert len(told(events.Restarted)) == 1
 
 
-def sleeper(run, **more):
+def sleeper(run, pass_fds=(), **more):
     environ = {**os.environ, RUN_VARIABLE: str(run), **more}
     code = "import time; print(flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, pass_fds=pass_fds)
     process.stdout.readline()
     return process
 
@@ -439,6 +440,32 @@ def test_only_the_runs_own_processes_are_ended(tmp_path):
         assert not leftovers.belongs(children[0].pid, mine.path)
     finally:
         del os.environ[RUN_VARIABLE]
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+
+
+def test_files_of_launchers_are_known_while_they_are_open(tmp_path, monkeypatch):
+    """Those of other runs stay."""
+    monkeypatch.setattr(vendor, "LAUNCHERS_FILES", tmp_path)
+    runs = [RunDirectory.create(tmp_path / name) for name in ("mine", "others")]
+    files = [tmp_path / f"hydra_hwloc_xmlfile_{name}" for name in ("abc", "def")]
+    children = []
+    try:
+        for run, file in zip(runs, files, strict=True):
+            with file.open("w") as opened:
+                children.append(sleeper(run.path, pass_fds=[opened.fileno()]))
+        assert leftovers.files(runs[0].path) == {files[0]}
+        assert {child.pid for child in children} <= set(leftovers.children(os.getpid()))
+        leftovers.remove_rests(runs[0].path, time.time(), files[:1])
+        assert files[0].exists()
+        assert leftovers.remove(runs[0].path, time.time()) == []
+        assert [file.exists() for file in files] == [False, True]
+        assert leftovers.gone(runs[0].path, 0.0)
+        assert not leftovers.gone(runs[1].path, 0.0)
+        assert children[0].pid not in leftovers.children(os.getpid())
+    finally:
         for child in children:
             child.kill()
             child.wait()
