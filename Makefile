@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 MPI ?= mpich
+WORKERS ?= auto
+ROUNDS ?= 15
+SEED ?= 1
+JOBS ?= 2
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 READY := $(VENV)/.ready
@@ -11,7 +15,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo test test-mpi bench check clean
+.PHONY: help setup demo test chaos test-mpi bench check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -34,8 +38,11 @@ $(READY): pyproject.toml
 demo: setup  ## the main job: train while ranks come and go, and compare with one static rank
 	$(BIN)/python -m jobs.image.demo
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest -q
+test: setup  ## all tests, some of them side by side
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+chaos: setup  ## random troubles at a real job, ROUNDS of them from SEED on, JOBS at a time
+	$(BIN)/python -m tests.chaos --mpi $(MPI) --rounds $(ROUNDS) --seed $(SEED) --jobs $(JOBS)
 
 test-mpi: setup  ## the tests that run under mpiexec, on 1, 2 and 3 ranks
 	$(BIN)/python -m pytest -q tests/mpi

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
+
 from . import leftovers
 from .errors import RunDirectoryError
 from .rundir import Failure, RunDirectory
@@ -19,9 +21,7 @@ FAILED_S = 10.0  # how long ranks have to say why they were lost
 PIPES_S = 0.5  # and the launcher, to pass that on: it would wait for any child of theirs that has the end of a pipe
 SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
 LOOK_S = 1.0
-HEADLESS_S = 2.0  # how long a launcher may stay without the process that it works through, when the ranks have ended
-BEHEADED_S = 0.25  # and while they have not: what they print is lost
-FILES_LOOK_S = 0.25  # pause between looks for files of launchers, until some are found
+PROXY_S, HEADLESS_S = 0.25, 1.0
 WRITTEN_S = 0.5  # how long processes of a job that has ended may write
 
 
@@ -69,6 +69,16 @@ class Pulse:
         return self._clock() - self._alive
 
 
+def _has_child(pid: int, name: str) -> bool:
+    """Tell whether process `pid` has a child of this `name` that lives."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.name()[:15] == name[:15] and child.status() != psutil.STATUS_ZOMBIE:
+                    return True
+    return False
+
+
 class Attempt:
     """A job under its launcher.
 
@@ -84,8 +94,8 @@ class Attempt:
         Its working directory.
     outlived : bool
         True if ranks with a launcher of their own can go on without it.
-    proxied : bool
-        True if the launcher works through a process below it (`comm.vendor`).
+    proxy : str
+        Name of the process between the launcher and the ranks, without which the launcher is no good; if there is one.
 
     Attributes
     ----------
@@ -105,17 +115,14 @@ class Attempt:
         directory: str,
         *,
         outlived: bool,
-        proxied: bool = False,
+        proxy: str = "",
     ) -> None:
         self._run = run
         self._outlived = outlived
-        self._proxied = proxied
-        self._had_proxy = False
-        self._headless_since = self._next_files = 0.0
-        self._files = set[Path]()
         self._begun = time.time()
         self._pulse = Pulse(run.path / "ranks")
         self._next_look = self._failed_since = self._gone_since = self._well_since = 0.0
+        self._proxy, self._next_proxy, self._headless_since = proxy, 0.0, 0.0
         self.lingers = False
         self.hangs = ""
         self.process = subprocess.Popen(command, env=environ, cwd=directory, start_new_session=True)
@@ -129,13 +136,7 @@ class Attempt:
             If the run directory can't be read at the moment.
         """
         now = time.monotonic()
-        self._note_files(now)
-        if self._headless(now):
-            # It does nothing any more: neither would it end, nor pass on what ranks print.
-            if not well and not self._outlived:
-                lose(self._run, f"the launcher (pid {self.process.pid}) has lost the process that it works through")
-            self.process.kill()
-            self.process.wait()
+        self._end_headless(now)
         lost = self._failed_as() in ("lost", "interrupted")  # errors end by themselves
         if self.process.poll() is not None:
             if lost or not (self._outlived and self._ranks_run(stall_s)):
@@ -157,23 +158,16 @@ class Attempt:
             lose(self._run, self.hangs)
         return bool(self.hangs)
 
-    def _note_files(self, now: float) -> None:
-        """Note what the launcher would leave if it were killed: who has it open is known only while it is open."""
-        if self._proxied and not self._files and now >= self._next_files:
-            self._next_files = now + FILES_LOOK_S
-            self._files = leftovers.files(self._run.path)
-
-    def _headless(self, now: float) -> bool:
-        """Tell whether the launcher has been without its process for a while, and has not ended."""
-        below = leftovers.children(self.process.pid) if self._proxied and self.process.poll() is None else None
-        if below or below is None:
-            self._had_proxy = self._had_proxy or bool(below)
-            self._headless_since = 0.0
-        elif self._had_proxy:
-            self._headless_since = self._headless_since or now
-        if not self._headless_since or now - self._headless_since < BEHEADED_S:
-            return False
-        return now - self._headless_since > HEADLESS_S or (not self._outlived and self._ranks_run(0.0))
+    def _end_headless(self, now: float) -> None:
+        """End a launcher whose process between it and the ranks is gone: nobody hears or tells it anything."""
+        if not self._proxy or now < self._next_proxy or self.process.poll() is not None:
+            return
+        self._next_proxy = now + PROXY_S
+        if _has_child(self.process.pid, self._proxy):
+            self._headless_since = now
+        # Not one that is about to end; but while ranks run, what they print is lost.
+        elif 0 < self._headless_since < now - (HEADLESS_S if self._outlived or not self._ranks_run(0.0) else 0.0):
+            self.process.kill()
 
     def _ranks_run(self, stall_s: float) -> bool:
         """Tell whether ranks are there, as they can be without this launcher: some have one of their own."""
@@ -225,7 +219,6 @@ class Attempt:
     def clean(self, *, thoroughly: bool) -> list[int]:
         """Remove what is left of it on this host, `thoroughly` every process of the run; return those that don't end."""
         grace_s = GRACE_S
-        self._files |= leftovers.files(self._run.path) if self._proxied else set()
         with contextlib.suppress(RunDirectoryError):
             if self._failed_as() == "lost":
                 self._kill_ranks()
@@ -233,9 +226,10 @@ class Attempt:
         self._end(grace_s)
         left: list[int] = []
         if thoroughly:
-            left = leftovers.remove(self._run.path, self._begun, self._files)
+            left = leftovers.remove(self._run.path, self._begun)
         else:
-            leftovers.remove_rests(self._run.path, self._begun, self._files)
+            leftovers.await_proxies(self._run.path)
+            leftovers.remove_shared_memory(self._begun)
         with contextlib.suppress(OSError):
             if self._run.rests():
                 leftovers.gone(self._run.path, 0.0 if thoroughly else WRITTEN_S)  # guards write to the end

@@ -62,12 +62,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         ``spawn`` (newcomers start under the job's own launcher) or ``join`` (each under a launcher of its own; MPICH only).
     stall_s : float
         Seconds without a sign of life after which a rank counts as lost.
+    recovery : str
+        How a job with distributed arrays, or with ``job.loop``, goes on after a loss: from copies in ``memory`` or the last
+        ``checkpoint``, in the same processes; or by a ``restart``.
+    copy_s : float
+        Seconds between copies in memory, besides one after each resize.
     restarts : int
         Restarts from the last checkpoint at most, under ``hpc-elastic run``.
     checkpoint_steps : int
-        A checkpoint every so many steps; 0 for none.
+        Checkpoints so often that a restart does no more than so many steps again; 0 for none.
     checkpoint_s : float
-        A checkpoint every so many seconds; 0 for none.
+        The same in seconds; 0 for none.
     checkpoints_kept : int
         How many of the last checkpoints are kept.
     checkpoint_dir : str
@@ -97,6 +102,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     deadline_s: float = 600.0
     arrival: Literal["spawn", "join"] = "spawn"
     stall_s: float = 30.0
+    recovery: Literal["memory", "checkpoint", "restart"] = "memory"
+    copy_s: float = 10.0
     restarts: int = 5
     checkpoint_steps: int = 0
     checkpoint_s: float = 600.0
@@ -121,7 +128,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             value = getattr(self, "max_ranks" if name == "max" else name)
             if not value >= 0:  # NaN is not, either
                 raise ConfigError(f"{name} = {value}: must not be negative")
-        for name in ("deadline_s", "stall_s"):
+        for name in ("deadline_s", "stall_s", "copy_s"):
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"{name} = {value}: must be positive")

@@ -15,6 +15,7 @@
         └── MembershipError    ranks could not be brought together or parted
 
     Retired (a BaseException)  this rank leaves the job: it unwinds the user's code and must not be swallowed
+    Rewound (a BaseException)  a rank was lost: the user's function is left, and entered again where the state was kept
 
 Messages say what happened, where (rank, host, generation, step), and what can be done about it.
 """
@@ -79,4 +80,12 @@ class Retired(BaseException):
 
     Raised inside the user's function at a resize point. It derives from `BaseException` so that an ``except Exception``
     in user code does not keep a leaving rank alive; ``finally`` blocks and context managers run as usual.
+    """
+
+
+class Rewound(BaseException):
+    """Begin again: a rank was lost, and the job goes on from a state that was kept.
+
+    Raised inside the user's function, which is then called once more, in the same process. Like `Retired`, it derives from
+    `BaseException`.
     """

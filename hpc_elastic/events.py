@@ -133,6 +133,20 @@ class Resumed(Event, frozen=True, kw_only=True):
     ranks: int
 
 
+class Rewound(Event, frozen=True, kw_only=True):
+    """After a loss the ranks that are left began again at ``step`` of loop ``loop``, where they had been at ``before``.
+
+    What they began with came from ``source``: "memory", a checkpoint's path, or "the start". It took ``seconds``.
+    """
+
+    loop: int
+    step: int
+    before: int
+    source: str
+    seconds: float
+    ranks: int
+
+
 class Restarted(Event, frozen=True, kw_only=True):
     """The supervisor starts the job again: as attempt number ``attempt``, after a failure at ``step``, -1 if it did none."""
 
@@ -185,6 +199,7 @@ AnyEvent = (
     | Lost
     | Checkpointed
     | Resumed
+    | Rewound
     | Restarted
     | Epoch
     | Failed

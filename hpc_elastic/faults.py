@@ -37,7 +37,7 @@ STAGES = (
         "commit",
         "retire",
     ),
-    *("point", "sum", "detect", "agree", "rebuild", "restore", "snapshot", "write", "manifest", "end"),
+    *("point", "sum", "detect", "agree", "rebuild", "restore", "copy", "snapshot", "write", "manifest", "end"),
 )
 ACTIONS = ("kill", "stop", "delay", "raise", "disk-full")
 NUMBERS = ("rank", "member", "gen", "step")

@@ -13,6 +13,7 @@ Open MPI's launcher knows from a connection of its own with it, and tells the ot
 A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts when the newcomer is wanted, and which brings
 it what the launcher gave: variables, and the descriptor of the PMI session. A rank is killed when ``RUN/condemned/MEMBER``
 is there, and a newcomer when the leader that started it is gone and it does not become a member: nobody else will call it.
+The leader is the guard's parent, or on another host, where its number is in the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-DOOR, STDERR = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR"
+DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
@@ -45,6 +46,7 @@ class Guard:
         self.door: _socket.socket | None = None  # to the newcomer, which says there when MPI_Init has returned
         self.initialised = not path
         self.leader = -1  # pidfd of who started this newcomer, while it is there
+        self.far_leader = ""  # number of who had this newcomer started from another host
         self.alone_since = float("inf")
         self.unsaid = self.words = b""  # what is to be written to stderr, and the last of what was
         self.kill_at = float("inf") if run else time.monotonic() + STAND_IN_S
@@ -79,7 +81,9 @@ class Guard:
 
     def open_door(self) -> int:
         """Listen for handover.py, watch the leader, and return the newcomer's end of its door."""
-        self.leader = os.pidfd_open(os.getppid())
+        self.far_leader = os.environ.pop(LEADER, "")
+        if not self.far_leader:
+            self.leader = os.pidfd_open(os.getppid())
         self.listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
         # The way through /proc is short, however long the run directory's name is: a socket's has 107 bytes at most.
@@ -160,6 +164,8 @@ class Guard:
     def look(self) -> None:
         """Look for reasons to end the rank."""
         now = time.monotonic()
+        if self.far_leader and not self.led():
+            self.far_leader, self.alone_since = "", now
         if self.alone_since <= now and self.there("ranks", f"{self.member}.json"):
             self.alone_since = float("inf")  # it is a member, on its own
         # Once it is connected, it may become a member with those that survive the leader. Before, it is killed at once: Open
@@ -169,6 +175,12 @@ class Guard:
             self.end()
         if now >= self.kill_at or forgotten or (self.run and self.there("condemned", self.member)):
             self.send(signal.SIGKILL)
+
+    def led(self) -> bool:
+        """Tell whether who had this newcomer started is there."""
+        if self.far_leader:
+            return not self.there("ranks", f"{self.far_leader}.end.json")
+        return self.leader >= 0 and not select.select([self.leader], [], [], 0)[0]
 
     def hear(self) -> None:
         """Take what the rank wrote to its stderr."""
@@ -240,8 +252,7 @@ class Guard:
         # If there are no others, or the job has failed, the launcher may know how it ended.
         last = self.there("failure.json") or not (self.path or self.there("ranks", f"{self.member}.json"))
         told = code if self.run and last else 0
-        led = self.leader >= 0 and not select.select([self.leader], [], [], 0)[0]
-        wanted = self.caller is not None and not self.initialised and led
+        wanted = self.caller is not None and not self.initialised and self.led()
         if self.session >= 0:
             self.settle(close=not wanted)
         if self.caller is not None:

@@ -1,6 +1,7 @@
 """Handover: what the launcher starts for a newcomer. Run by path, with ``python -I -S``; imports next to nothing.
 
     python -I -S handover.py SOCKET
+    python -I -S handover.py --stand-in SOCKET     for a newcomer that is gone, and could not start its launcher
 
 The newcomer is warm already, under its guard. This process brings it what the launcher gave it, the variables and the
 descriptor of the PMI session, and then stands for it towards the launcher until it has ended. If it ends before MPI_Init has
@@ -29,7 +30,9 @@ parent.Free()
 
 def main() -> None:
     """Hand over, and wait for the newcomer's end."""
-    path = sys.argv[1]
+    path = sys.argv[-1]
+    if sys.argv[1] == "--stand-in":
+        stand_in(path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     guard = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     variables = b"\0".join(os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith(LAUNCHER))

@@ -1,4 +1,4 @@
-"""What a run leaves on this host when it fails: processes, known by their environment, shared memory, and files."""
+"""What a run leaves on this host when it fails: processes, known by their environment, and shared memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from .comm.liveness import alive
-from .comm.vendor import launchers_files, orphaned_shared_memory
+from .comm.vendor import VENDORS, named, orphaned_files, orphaned_shared_memory
 from .config import RUN_VARIABLE
 
 PROC = Path("/proc")
@@ -68,20 +66,16 @@ def _line() -> set[int]:
     return found
 
 
-def children(pid: int) -> list[int] | None:
-    """Return the children of process `pid` that live, or None if the kernel does not tell (proc(5), ``task/…/children``)."""
-    found = []
-    try:
-        for task in (PROC / str(pid) / "task").iterdir():
-            found += [int(word) for word in (task / "children").read_text().split()]
-    except OSError:
-        return None
-    return [child for child in found if alive(child)]
-
-
-def files(run: Path) -> set[Path]:
-    """Return the files that launchers of `run` have open, and would leave if they were killed."""
-    return {path for pid in processes(run) for path in launchers_files(pid)}
+def remove(run: Path, since: float) -> list[int]:
+    """Kill the processes of `run`, remove shared memory of after the time `since` that nobody maps; return those left."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while (left := processes(run)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(LOOK_S)
+    remove_shared_memory(since)
+    return left
 
 
 def gone(run: Path, within_s: float) -> bool:
@@ -94,27 +88,17 @@ def gone(run: Path, within_s: float) -> bool:
     return not there
 
 
-def remove(run: Path, since: float, noted: Iterable[Path] = ()) -> list[int]:
-    """Kill the processes of `run` and remove what they leave; return those that don't end.
-
-    What they leave is shared memory of after the time `since` that nobody maps, and the files of launchers, those `noted`
-    while they were open and those that are open now.
-    """
-    noted = {*noted, *files(run)}
+def await_proxies(run: Path) -> None:
+    """Wait a moment until the launchers' own processes have ended, which a killed launcher leaves behind."""
+    names = {vendor.proxy for vendor in VENDORS if vendor.proxy}
     deadline = time.monotonic() + GONE_WITHIN_S
-    while (left := processes(run)) and time.monotonic() < deadline:
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+    while time.monotonic() < deadline and any(belongs(pid, run) for name in names for pid in named(name)):
         time.sleep(LOOK_S)
-    remove_rests(run, since, noted)
-    return left
 
 
-def remove_rests(run: Path, since: float, noted: Collection[Path]) -> None:
-    """Remove shared memory of after the time `since` that nobody maps, and `noted` files that nobody of `run` has open."""
+def remove_shared_memory(since: float) -> None:
+    """Remove shared memory of after the time `since` that nobody maps, and files of launchers that were killed."""
     for segment in orphaned_shared_memory(since):
         segment.unlink(missing_ok=True)
-    for file in set(noted) - files(run) if noted else ():
-        with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
+    for file in orphaned_files(since):
+        file.unlink(missing_ok=True)

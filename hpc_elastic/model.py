@@ -71,10 +71,24 @@ class Cursor(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """The right to run one rank in one slot of the broker's."""
+    """The right to run one rank in one slot of the broker's.
+
+    Attributes
+    ----------
+    slot : int
+        Number of the slot.
+    host : str
+        Where it is.
+    companion : int
+        Number of the companion, another allocation with an agent that starts processes there; -1 for this host.
+    gpus : str
+        GPUs of the rank, as ``CUDA_VISIBLE_DEVICES`` names them; empty leaves that variable alone.
+    """
 
     slot: int
     host: str = "localhost"
+    companion: int = -1
+    gpus: str = ""
 
 
 class Supply(msgspec.Struct, frozen=True):
@@ -90,12 +104,18 @@ class Supply(msgspec.Struct, frozen=True):
         Leases held that must be given back.
     why : str
         What limits the offer, for people ("2 cores, 2 in use").
+    pending : int
+        Slots asked for on which there is no word yet.
+    refused : str
+        Why the last request was not granted in full; empty if it was, or there is no word yet.
     """
 
     offered: int
     leases: tuple[Lease, ...] = ()
     revoked: tuple[Lease, ...] = ()
     why: str = ""
+    pending: int = 0
+    refused: str = ""
 
 
 class Resize(msgspec.Struct, frozen=True):

@@ -29,7 +29,15 @@ class Broker(Protocol):
         ...
 
     def request(self, n: int, deadline_s: float) -> None:
-        """Ask for `n` more slots, until `deadline_s` seconds into the run; granted ones appear among the leases."""
+        """Ask for `n` more slots, until `deadline_s` seconds into the run.
+
+        Those granted appear among the leases, one by one perhaps; those without an answer are pending. In the end none is,
+        and if not all were granted, the supply says why.
+        """
+        ...
+
+    def withdraw(self) -> None:
+        """Ask no more for what is pending. What was granted in the same moment still appears, to be released."""
         ...
 
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:

@@ -17,6 +17,7 @@ RUN/                 mode 0700
     checkpoints/     what restarts begin with (`hpc_elastic.checkpoint`)
     inbox/*.json     requests, put there by an atomic rename
     answers/*.json   what became of them
+    companions/N.*   what the agent of companion N, another allocation, says; companions/N/ what it is to start
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
     ledger/          consumed samples, if asked for
 """
@@ -41,8 +42,8 @@ from .model import Member, Request, numbers
 
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
-HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{16}|[0-9]+)")
-PARTS = ("inbox", "answers", *ATTEMPT)
+HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{16}|[0-9]+)(\.[0-9a-f]{8})?")
+PARTS = ("inbox", "answers", "companions", *ATTEMPT)
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +145,16 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 def checkpoint_folder(config: Config, run_path: Path) -> Path:
     """Return the folder for the checkpoints of the run in `run_path`."""
     return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"
+
+
+def companion_file(run_path: Path, companion: int, kind: str) -> Path:
+    """Return where the agent of a companion says something: see `hpc_elastic.agent`."""
+    return run_path / "companions" / f"{companion}.{kind}"
+
+
+def order_file(run_path: Path, companion: int, member: int) -> Path:
+    """Return where the agent of a companion is told to start newcomer `member`."""
+    return run_path / "companions" / str(companion) / f"{member}.json"
 
 
 class RunDirectory:
@@ -305,7 +316,6 @@ class RunDirectory:
 
     def retire_attempt(self) -> int:
         """Put away what an attempt left, so that the next one begins clean, and return its number."""
-        self.sweep()
         number = self.attempt()
         folder = self.path / "attempts" / str(number)
         folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -316,6 +326,8 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).rename(folder / name)
             fresh.rename(self.path / name)
+        for socket in (folder / "newcomers").glob("*.sock"):
+            socket.unlink()  # of guards that were killed
         for path in (self.path / "office.json", self._failure):  # the failure last: until then it looks like one that failed
             with contextlib.suppress(FileNotFoundError):
                 path.rename(folder / path.name)
@@ -323,7 +335,7 @@ class RunDirectory:
 
     def rests(self) -> list[Path]:
         """Return what processes that were killed leave: values half written, and sockets; some may still be in use."""
-        folders = [self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*")]
+        folders = (self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*"))
         found = [path for folder in folders for path in folder.glob(".*") if HALF_WRITTEN.fullmatch(path.name)]
         return [*found, *self.newcomers.glob("*.sock")]
 

@@ -60,6 +60,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "losses": _told(happened, events.Lost),
         "restarts": _told(happened, events.Restarted),
         "resumes": _told(happened, events.Resumed),
+        "rewinds": _told(happened, events.Rewound),
         "checkpoints": _checkpoints(happened),
         "refusals": _told(happened, events.Refused),
         "notices": _told(happened, events.Notice),
@@ -171,6 +172,9 @@ class _History:
         if isinstance(event, events.Resumed):
             self._return_to(event.loop, event.step)
             row.update(from_step=event.step, to_step=event.step, reason=f"checkpoint of step {event.step}")
+        elif isinstance(event, events.Rewound):
+            self._return_to(event.loop, event.step)
+            row.update(from_step=event.step, to_step=event.step)
         elif isinstance(event, events.Resized):
             # With hold the members did not step on while the newcomers got ready.
             idle_s = event.standstill_s + (event.wait_s if self._holds else 0.0)

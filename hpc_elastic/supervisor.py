@@ -128,9 +128,14 @@ class Supervisor:
         environ[SUPERVISED_VARIABLE] = str(self._began)  # a time limit counts from here, over all restarts
         try:
             outlived = self.config.arrival == "join"
-            proxied = self.vendor.proxied
-            command, directory = self.command(), self.launch.directory
-            attempt = Attempt(self.run, command, environ, directory, outlived=outlived, proxied=proxied)
+            attempt = Attempt(
+                self.run,
+                self.command(),
+                environ,
+                self.launch.directory,
+                outlived=outlived,
+                proxy=self.vendor.proxy,
+            )
         except OSError as error:
             raise LaunchError(f"{self.mpiexec} can't be started: {error.strerror}") from error
         well = False

@@ -43,7 +43,8 @@ def main() -> None:
     member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
     session = Session(unpacked(options.settings), run, script, options.started)
-    door = Door(run, number, Watch(session.check), door=int(os.environ.pop(DOOR_VARIABLE)), leader=(options.leader,))
+    gifts = int(os.environ.pop(DOOR_VARIABLE))
+    door = Door(run, number, Watch(session.check), gifts, leader=(options.leader,), launcher=options.launcher)
     be_newcomer(door, session, member)
     os.chdir(options.directory)
     sys.path[:] = options.path

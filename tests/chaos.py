@@ -4,7 +4,8 @@
 
 The MPI is that of the running Python's environment. A round is drawn from its seed: resizes, settings, kills, stops, delays,
 refused slots. It has to end with the bits of a static run and with each sample once, or with the error documented for what
-can't be survived; and nothing may be left of it. ``--replay SEED`` runs one round again.
+can't be survived; and nothing may be left of it. Every fourth seed's job has a distributed array, the others train.
+``--replay SEED`` runs one round again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +29,14 @@ from hpc_elastic.rundir import RunDirectory
 
 from . import shards
 from .afterwards import OUTCOMES, check_ledger, happened, outcome, resizes
-from .launch import SCRIPTS, Done, Job, hpc_elastic
+from .launch import SCRIPTS, Done, Job, hpc_elastic, memories_apart
 from .troubles import Round
 
 EPOCHS, BATCH, PAUSE_S = 12, 64, 0.02
 STEPS = EPOCHS * -(-shards.SAMPLES // BATCH)
 LIMIT_S = 120.0
 GAVE_UP, FAILED, WRONG = "gave up", "program's error", "WRONG"
+JOBS, HEAT_EVERY = ("softmax", "heat"), 4
 COLUMNS = (*OUTCOMES, GAVE_UP, FAILED, WRONG)
 
 
@@ -41,6 +44,7 @@ COLUMNS = (*OUTCOMES, GAVE_UP, FAILED, WRONG)
 class Result:
     """What came of a round; with `wrong` it should not have."""
 
+    job: str
     round: Round
     outcome: str
     seconds: float
@@ -55,7 +59,7 @@ class Result:
         counts = f"{self.recoveries} recovered, {len(self.restarts)} restarts, {self.seconds:.1f} s"
         more = (*self.done, *(f"restart at {reason}" for reason in self.restarts), *self.wrong.splitlines())
         more = "".join(f"\n    {line}" for line in more)
-        return f"seed {self.round.seed}: {troubles} -> {self.outcome}, sizes {sizes}, {counts}{more}"
+        return f"seed {self.round.seed}, {self.job}: {troubles} -> {self.outcome}, sizes {sizes}, {counts}{more}"
 
 
 class Chaos:
@@ -66,24 +70,25 @@ class Chaos:
     job : str
         "softmax", a training job, or "heat", with a distributed array.
     folder : Path
-        Where the rounds run.
+        Where the rounds run; the shards are there.
     """
 
     def __init__(self, job: str, folder: Path) -> None:
-        self._folder = folder
+        self.job = job
+        self._folder = folder / job
+        self._folder.mkdir()
         self._trains = job == "softmax"
         self._joins = find_mpiexec()[1].joins
-        shards.write(folder)
-        pieces = ["softmax.py", folder, EPOCHS, "--batch", BATCH, "--pause", PAUSE_S]
-        self._script = [SCRIPTS / pieces[0], *pieces[1:]] if self._trains else [SCRIPTS / "plate.py", 65, STEPS, PAUSE_S]
-        self._sha256 = ""
+        training = [SCRIPTS / "softmax.py", folder, EPOCHS, "--batch", BATCH, "--pause", PAUSE_S]
+        self._script = training if self._trains else [SCRIPTS / "plate.py", 65, STEPS, PAUSE_S]
+        self._sha256 = self._static()
 
-    def static(self) -> None:
+    def _static(self) -> str:
         """Run the job without resizes and troubles, for what all others are compared with."""
         with Job(hpc_elastic("run", "--run-dir", "static", *self._script), folder=self._folder, limit_s=LIMIT_S) as job:
             done = job.wait()
         assert done.code == 0, done.err
-        self._sha256 = done.value("sha256")
+        return done.value("sha256")
 
     def round(self, seed: int) -> Result:
         """Run a round. Its folder is kept if something is wrong."""
@@ -115,8 +120,8 @@ class Chaos:
             sizes = tuple(event.after for event in resizes(run))
             restarted = tuple(f"step {event.step}: {event.reason}" for event in happened(run, events.Restarted))
             recovered = len(happened(run, events.Lost))
-            return Result(drawn, ended, seconds, (1, *sizes), recovered, restarted, tuple(deeds), wrong)
-        return Result(drawn, ended, seconds, done=tuple(deeds), wrong=wrong)
+            return Result(self.job, drawn, ended, seconds, (1, *sizes), recovered, restarted, tuple(deeds), wrong)
+        return Result(self.job, drawn, ended, seconds, done=tuple(deeds), wrong=wrong)
 
     @staticmethod
     def _stopped(run: Path) -> bool:
@@ -174,7 +179,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first round; the next ones follow")
     parser.add_argument("--replay", type=int, metavar="SEED", help="run the round of this seed only")
     parser.add_argument("--mpi", choices=["mpich", "openmpi"], help="check that it is this MPI")
-    parser.add_argument("--job", choices=["softmax", "heat"], default="softmax")
+    parser.add_argument("--job", choices=JOBS, help="this job in all rounds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="rounds at a time")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="where to write the table")
     arguments = parser.parse_args()
     vendor = find_mpiexec()[1]
@@ -182,14 +188,18 @@ def main() -> int:
         parser.error(f"this environment has {vendor.title}")
     seeds = range(arguments.seed, arguments.seed + arguments.rounds) if arguments.replay is None else [arguments.replay]
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    chaos = Chaos(arguments.job, folder)
-    chaos.static()
+    shards.write(folder)
+    chosen = {seed: arguments.job or JOBS[seed % HEAT_EVERY == 0] for seed in seeds}
+    chaos = {job: Chaos(job, folder) for job in sorted(set(chosen.values()))}
     results = []
-    for seed in seeds:
-        results.append(chaos.round(seed))
-        print(results[-1], flush=True)
+    if arguments.jobs > 1 and not memories_apart():
+        parser.error("rounds at a time need /dev/shm apart, which takes a user who may mount: leave --jobs out")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for future in as_completed(pool.submit(chaos[chosen[seed]].round, seed) for seed in seeds):
+            results.append(future.result())
+            print(results[-1], flush=True)
     wrong = [result.round.seed for result in results if result.wrong]
-    title = f"{vendor.title}, {arguments.job}, {len(results)} rounds from seed {seeds[0]}: {len(wrong)} wrong"
+    title = f"{vendor.title}, {len(results)} rounds from seed {seeds[0]}: {len(wrong)} wrong"
     text = f"{title}\n\n{table(results)}"
     print(f"\n{text}")
     if arguments.table:

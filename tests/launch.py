@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare, unmapped
+from hpc_elastic.comm.vendor import VENDORS, find_mpiexec, prepare
 
 from .afterwards import unfinished
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 MARK = "JOB_UNDER_TEST"
 SCRIPTS = Path(__file__).parent / "elastic" / "scripts"
 GONE_WITHIN_S = 5.0
+SHARED_MEMORY = Path("/dev/shm")
+OWN_MEMORY = 'mount --bind "$0" /dev/shm && exec "$@"'  # run in a mount namespace of its own
 
 
 @dataclass
@@ -33,8 +36,8 @@ class Done:
     seconds: float
 
     def value(self, name: str) -> str:
-        """Return what the job printed as ``name value``, which must be one line."""
-        (line,) = [line for line in self.out.splitlines() if line.startswith(name + " ")]
+        """Return what the job printed as ``name value``: one value, which may be printed again after a restart."""
+        (line,) = {line for line in self.out.splitlines() if line.startswith(name + " ")}
         return line.split(maxsplit=1)[1]
 
 
@@ -45,7 +48,8 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.limit_s = limit_s
         self._begun = time.monotonic()
-        self._shared = _shared_memory()
+        self._own_memory = SHARED_MEMORY / f"test-{self.mark}" if memories_apart() else None
+        self._shared = _shared_memory(SHARED_MEMORY)
         self._folder = folder
         self._files = folder / f"out-{self.mark[:8]}", folder / f"err-{self.mark[:8]}"
         self._temporary = folder / f"tmp-{self.mark[:8]}"
@@ -53,9 +57,13 @@ class Job:
         own = {MARK: self.mark, "PYTHONPATH": str(ROOT), "TMPDIR": str(self._temporary)}
         environment = {**os.environ, **(environ or {}), **own}
         prepare(environment)
+        apart: list[str] = []
+        if self._own_memory is not None:
+            self._own_memory.mkdir()
+            apart = ["unshare", "--mount", "sh", "-c", OWN_MEMORY, str(self._own_memory)]
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
-                list(command),
+                [*apart, *command],
                 cwd=folder,
                 env=environment,
                 stdout=out,
@@ -70,6 +78,8 @@ class Job:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self._kill()
+        if self._own_memory is not None:
+            shutil.rmtree(self._own_memory)
 
     def seconds(self) -> float:
         """Return how long ago it was started."""
@@ -119,9 +129,8 @@ class Job:
             stacks = self.stacks()
             self._kill()
             raise AssertionError(f"processes left behind: {left}\n{stacks}\n{self.text()[1]}")
-        # Segments that a process maps are another job's.
-        rests = unmapped([Path("/dev/shm") / name for name in _shared_memory() - self._shared])
-        assert not rests, f"left in /dev/shm: {rests}\n{self.text()[1]}"
+        seen = _shared_memory(self._own_memory) if self._own_memory else _shared_memory(SHARED_MEMORY) - self._shared
+        assert not seen, f"left in /dev/shm: {seen}\n{self.text()[1]}"
         # Open MPI leaves the folder of its session when a shell started the first process; launchers remove theirs.
         temporary = (
             path for top in self._temporary.glob("*") if not top.name.startswith("ompi.") for path in (top, *top.rglob("*"))
@@ -155,9 +164,25 @@ def _stack(pid: int) -> str:
     return done.stdout or f"{pid}: {done.stderr}"
 
 
-def _shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
+def _shared_memory(folder: Path) -> set[str]:
+    if folder != SHARED_MEMORY:
+        return {path.name for path in folder.iterdir()}
     return {path.name for vendor in VENDORS for pattern in vendor.leaves_shared_memory for path in folder.glob(pattern)}
+
+
+@functools.cache
+def memories_apart() -> bool:
+    """Tell whether each job can have a /dev/shm of its own, so that jobs side by side don't see each other's segments."""
+    command = ["unshare", "--mount", "sh", "-c", OWN_MEMORY, str(SHARED_MEMORY), "true"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except OSError:
+        return False
+
+
+def side_by_side() -> int:
+    """Return how many jobs to run at a time: their ranks wait a good deal, so more than there are cores."""
+    return 2 * (os.cpu_count() or 1) if memories_apart() else 1
 
 
 def python() -> list[str]:

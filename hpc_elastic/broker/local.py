@@ -196,6 +196,9 @@ class LocalBroker:
         self._slots.grant(n, self._room()[0])
         self._unseen += len(self._slots.leases) - before
 
+    def withdraw(self) -> None:
+        """Nothing is ever pending."""
+
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
         """Take `leases` back; their slots are not offered for `bar_s` seconds."""
         self._slots.release(leases, bar_s)

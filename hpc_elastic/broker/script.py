@@ -70,6 +70,9 @@ class ScriptBroker:
         """Grant `n` slots at once, as far as the timetable has them."""
         self._slots.grant(n, max(0, self._total - len(self._slots.leases) - self._slots.barred))
 
+    def withdraw(self) -> None:
+        """Nothing is ever pending."""
+
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
         """Take `leases` back; their slots are not offered for `bar_s` seconds."""
         self._slots.release(leases, bar_s)

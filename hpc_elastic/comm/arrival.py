@@ -10,10 +10,6 @@ own (`bridge`). The leader connects over COMM_SELF, from a thread. What joins th
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +17,9 @@ from dataclasses import dataclass, field
 from mpi4py import MPI
 
 from .. import faults
-from ..config import STDERR_VARIABLE
 from ..errors import JobError
 from ..rundir import RunDirectory
-from .bridge import PACKAGE, Bridge, socket_of, without_session
+from .bridge import Bridge
 from .liveness import BEATS_EVERY_S, Beats
 from .messages import (
     NEWCOMER,
@@ -36,15 +31,16 @@ from .messages import (
     Party,
     Report,
     extend,
-    options_file,
     order_file,
     report_file,
 )
+from .starting import Guarded, start
 from .waiting import forsake, send
 
 LOOK_S = 0.25
 LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
+STANDING_IN_S = 1.0  # how long somebody may take to stand in for a newcomer that is gone
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Arrival:
 
     options: Options
     tether: tuple[MPI.Intracomm, int] | None = field(default=None, repr=False)
-    guard: subprocess.Popen[bytes] | None = None
+    guard: Guarded | None = None
     report: Report | None = None
     line: MPI.Intercomm | None = None
     error: str = ""
@@ -67,7 +63,7 @@ class Arrival:
             return self.report.error
         if not self.error and self.guard is not None and self.guard.poll() is not None:
             end = run.end_of(self.options.member)
-            how = end.how() if end is not None else f"ended with code {self.guard.returncode}"
+            how = end.how() if end is not None else "ended"
             words = end.last_words.strip().splitlines()[-1:] if end is not None else []
             self.error = f"newcomer {self.options.member} {how} before it had joined{': ' + words[0] if words else ''}"
         return self.error
@@ -76,7 +72,7 @@ class Arrival:
         """End it, wherever it is: it is no part of the job."""
         with contextlib.suppress(ProcessLookupError):
             if self.report is not None and self.guard is not None and self.guard.poll() is None:
-                os.kill(self.report.member.pid, signal.SIGKILL)  # it may sit in MPI_Init, and heed nothing else
+                self.guard.kill(self.report.member)  # it may sit in MPI_Init, and heed nothing else
         if self.guard is not None:
             self.guard.terminate()
 
@@ -86,8 +82,6 @@ class Arrivals:
 
     Parameters
     ----------
-    arrivals : list of Arrival
-        Whom to bring.
     run : RunDirectory
         The run.
     bridge : Bridge
@@ -98,10 +92,8 @@ class Arrivals:
         Seconds.
     """
 
-    def __init__(
-        self, arrivals: list[Arrival], run: RunDirectory, bridge: Bridge, beats: Beats, clock: Callable[[], float]
-    ) -> None:
-        self.all = arrivals
+    def __init__(self, run: RunDirectory, bridge: Bridge, beats: Beats, clock: Callable[[], float]) -> None:
+        self.all: list[Arrival] = []
         self._run = run
         self._bridge = bridge
         self._clock = clock
@@ -113,28 +105,18 @@ class Arrivals:
         self._next_beats = 0.0
         self._error = ""
         self._called_off = self._gathering = False
-        for arrival in arrivals:
-            report_file(run, arrival.options.member).unlink(missing_ok=True)
-            if arrival.tether is None:
-                arrival.guard = self._start(arrival.options)
-            else:
-                tether, rank = arrival.tether
-                send(tether, rank, WAKE_TAG, arrival.options)
-                arrival.line = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
 
-    def _start(self, options: Options) -> subprocess.Popen[bytes]:
-        """Start a newcomer under its guard. It gets nothing of this rank's own session with the launcher."""
-        faults.at("start")
-        self._run.put(options_file(self._run, options.member), options)
-        # -I -S: neither site-packages nor the environment's Python settings, so that the guard is there at once.
-        guard = [sys.executable, "-I", "-S", str(PACKAGE / "guard.py"), "--warm", socket_of(self._run, options.member)]
-        worker = [sys.executable, "-m", "hpc_elastic.worker", options.run_dir, str(options.member)]
-        return subprocess.Popen(
-            [*guard, options.run_dir, str(options.member), *worker],
-            env=without_session(),
-            stdin=subprocess.DEVNULL,
-            stderr=int(os.environ.get(STDERR_VARIABLE, "2")),  # not through this rank's guard, which goes with it
-        )
+    def add(self, arrival: Arrival) -> None:
+        """Bring one more: start it, or wake it."""
+        self.all.append(arrival)
+        report_file(self._run, arrival.options.member).unlink(missing_ok=True)
+        if arrival.tether is None:
+            faults.at("start")
+            arrival.guard = start(self._run, arrival.options)
+        else:
+            tether, rank = arrival.tether
+            send(tether, rank, WAKE_TAG, arrival.options)
+            arrival.line = MPI.COMM_SELF.Create_intercomm(0, tether, rank, WAKE_TAG)
 
     # --- while they are under way -------------------------------------------------------------------------------------
 
@@ -241,14 +223,14 @@ class Arrivals:
 
         Not by the main thread, which may wait for MPI's lock meanwhile.
         """
-        since = self._clock()
-        ended = False
+        since, gone_since, given_up = self._clock(), None, False
         while not connected.wait(LOOK_S):
-            if not ended and (self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S):
+            gone = arrival.guard is not None and arrival.guard.poll() is not None
+            gone_since = (gone_since or self._clock()) if gone else None
+            if gone_since is not None and not given_up and self._clock() - gone_since > STANDING_IN_S:
+                given_up = self._bridge.give_up(self._run, arrival.options.member)
+            if not gone and (self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S):
                 arrival.end()
-                ended = True
-            if self._bridge.give_up(self._run, arrival.options.member):
-                return
 
     def _gather(self, lines: list[MPI.Intercomm]) -> None:
         for index, line in enumerate(lines):

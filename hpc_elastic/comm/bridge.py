@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Protocol
 
 from mpi4py import MPI
 
-from ..config import STDERR_VARIABLE
 from ..errors import LaunchError
 from ..rundir import RunDirectory
-from .messages import parent_file, port_file
+from .messages import port_file
+from .starting import PACKAGE, socket_of, without_session
 from .vendor import Vendor, find_mpiexec
-
-PACKAGE = Path(__file__).parent.parent
-# What a launcher sets for the rank that starts a newcomer, and that is not the newcomer's.
-LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDI_", "MPI_LOCAL")
-
-
-def without_session() -> dict[str, str]:
-    """Return the environment without this rank's own session with its launcher."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
-
-
-def socket_of(run: RunDirectory, member: int) -> str:
-    """Return where the guard of newcomer `member` waits for the handover."""
-    return str(run.newcomers / f"{member}.sock")
 
 
 def handover(run: RunDirectory, member: int) -> list[str]:
@@ -47,12 +31,16 @@ class Bridge(Protocol):
 
     at_once: bool
 
+    def launcher(self, run: RunDirectory, member: int) -> list[str]:
+        """Return the command of the launcher that newcomer `member` starts for itself when it is called, or nothing."""
+        ...
+
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:
         """Return the connection with newcomer `member`; returns when it has initialised MPI."""
         ...
 
     def give_up(self, run: RunDirectory, member: int) -> bool:
-        """Let `connect` end with an error if newcomer `member` is known dead; True if that is done. For another thread."""
+        """Have `connect` come to an end: newcomer `member` is gone. False if that can't be done yet, or need not."""
         ...
 
 
@@ -62,18 +50,24 @@ class Spawn:
     def __init__(self, vendor: Vendor) -> None:
         self.at_once = vendor.spawns_at_once
 
+    def launcher(self, run: RunDirectory, member: int) -> list[str]:  # noqa: ARG002
+        """Return nothing: this rank's launcher starts it."""
+        return []
+
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """End the call where nobody can stand in, on Open MPI, by publishing what it waits for: who has come."""
+        file = run.newcomers / f"{member}.parent"
+        if not file.exists():
+            return False
+        service = file.read_text()
+        file.unlink()
+        # All ranks of somebody, without saying how many: an error that the call returns. Without the dot it would crash.
+        MPI.Publish_name(service, "nobody.*")
+        return True
+
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:
         """Spawn the handover to newcomer `member`."""
         return MPI.COMM_SELF.Spawn(sys.executable, handover(run, member), maxprocs=1)
-
-    def give_up(self, run: RunDirectory, member: int) -> bool:
-        """Publish what the spawn waits for, where nobody can stand in for the newcomer: something that means nothing."""
-        try:
-            service = parent_file(run, member).read_text()
-        except FileNotFoundError:
-            return False
-        MPI.Publish_name(service, "nobody.*")
-        return True
 
 
 class Join:
@@ -84,23 +78,30 @@ class Join:
     def __init__(self, vendor: Vendor) -> None:
         if not vendor.joins:
             raise LaunchError(f'arrival = "join" needs MPICH: {vendor.title} does not connect processes of two launchers')
-        self._mpiexec, self._vendor = find_mpiexec()
+        mpiexec, vendor = find_mpiexec()
+        self._mpiexec = [str(mpiexec), *vendor.launch, "-n", "1"]
+
+    def launcher(self, run: RunDirectory, member: int) -> list[str]:
+        """Return the launcher of the handover to newcomer `member`, which starts it itself, on its own host."""
+        return [*self._mpiexec, sys.executable, *handover(run, member)]
 
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:
-        """Start a launcher for the handover to newcomer `member`, and accept its call."""
+        """Accept the call of newcomer `member`."""
         port = MPI.Open_port()
-        file = port_file(run, member)
-        file.write_text(port)
-        command = [str(self._mpiexec), *self._vendor.launch, "-n", "1", sys.executable, *handover(run, member)]
-        # A session of its own: what ends this rank's process group leaves it alone.
-        stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
-        subprocess.Popen(command, env=without_session(), stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+        file, beside = port_file(run, member), port_file(run, member).with_suffix(".unread")
+        beside.write_text(port)
+        beside.rename(file)
         try:
             return MPI.COMM_SELF.Accept(port)
         finally:
             file.unlink(missing_ok=True)
             MPI.Close_port(port)
 
-    def give_up(self, run: RunDirectory, member: int) -> bool:  # noqa: ARG002  (the seam's)
-        """Do nothing: somebody stands in for the newcomer."""
-        return False
+    def give_up(self, run: RunDirectory, member: int) -> bool:
+        """Call in place of a newcomer that is gone."""
+        stand_in = [sys.executable, "-I", "-S", str(PACKAGE / "handover.py"), "--stand-in", socket_of(run, member)]
+        # A session of its own: what ends this rank's process group leaves it alone.
+        subprocess.Popen(
+            [*self._mpiexec, *stand_in], env=without_session(), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import msgspec
 from mpi4py import MPI
 
 from .. import faults
+from ..config import STDERR_VARIABLE
 from ..errors import MembershipError
 from ..model import Member
 from ..rundir import RunDirectory
@@ -31,6 +33,7 @@ from .messages import (
     port_file,
     report_file,
 )
+from .starting import without_session
 from .waiting import Watch, limited, take, take_any
 from .world import together
 
@@ -60,6 +63,13 @@ def accept_handover(door: int) -> None:
         guard.send(b"i")  # from now on nobody has to stand in for this process if it dies
 
 
+def start_launcher(command: list[str]) -> None:
+    """Start the launcher that makes this process, by a handover, a rank in a world of its own."""
+    stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
+    # A session of its own: what ends this rank's process group leaves it alone.
+    subprocess.Popen(command, env=without_session(), stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+
+
 class Door:
     """The newcomer's side: it reports to the leader, waits to be called, and enters.
 
@@ -77,6 +87,8 @@ class Door:
         The connection to the leader, for a parked rank.
     leader : tuple of Member
         The leader that called.
+    launcher : list of str, optional
+        Command of the launcher of its own, to be started when it is called; None or nothing if the leader's has it.
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class Door:
         door: int = -1,
         line: MPI.Intercomm | None = None,
         leader: tuple[Member, ...] = (),
+        launcher: list[str] | None = None,
     ) -> None:
         self._run = run
         self._member = member
@@ -94,6 +107,7 @@ class Door:
         self._door = door
         self._line = line
         self._leader = leader
+        self._launcher = launcher
         self._pair: MPI.Intracomm | None = None
         self._group: MPI.Intracomm | None = None
         self._others: MPI.Intracomm | None = None
@@ -148,6 +162,9 @@ class Door:
                 found.append(order)
             elif (status := self._run.status()) is not None and status.state in ("ended", "stopped"):
                 found.append(Call(order="go"))
+            elif self._launcher and port_file(self._run, self._member).exists():
+                start_launcher(self._launcher)
+                self._launcher = None
             return bool(found) or bool(select.select([self._door], [], [], 0)[0])
 
         self._watch.until(come)

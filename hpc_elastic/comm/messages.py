@@ -36,16 +36,13 @@ def port_file(run: RunDirectory, member: int) -> Path:
     return run.newcomers / f"{member}.port"
 
 
-def parent_file(run: RunDirectory, member: int) -> Path:
-    """Return where a handover writes which service of MPI's the leader waits for in vain, if newcomer `member` is dead."""
-    return run.newcomers / f"{member}.parent"
-
-
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What a newcomer must know before it runs the user's script."""
 
     member: int
     slot: int
+    companion: int = -1
+    gpus: str = ""
     run_dir: str
     settings: dict[str, object]
     argv: list[str]
@@ -54,6 +51,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     started: float
     leader: Member
+    launcher: list[str] = []
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,10 +40,9 @@ class Vendor:
         at nearly full speed. Where they don't, ULFM ends most such calls, and a rank that stays in one has to end itself.
     leaves_shared_memory : tuple of str
         Patterns below ``/dev/shm`` of what a killed job leaves there.
-    leaves_files : str
-        Pattern of the files that a killed launcher leaves; a process below it has them open.
-    proxied : bool
-        The launcher works through a process below it, and can stay for ever without doing anything if that is killed.
+    leaves_files, proxy : str
+        Pattern of the files that a killed launcher leaves, and the name of the process between it and the ranks, which has
+        them open.
     facts : dict
         What it can do, for people.
     """
@@ -59,7 +58,7 @@ class Vendor:
     calls_apart: bool
     leaves_shared_memory: tuple[str, ...]
     leaves_files: str = ""
-    proxied: bool = False
+    proxy: str = ""
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +72,7 @@ VENDORS = (
             "UCX_LOG_LEVEL": "error",
             # A rank that reads from the memory of one that has just died would be aborted by UCX.
             "UCX_TLS": "^cma",
-            # Survivors crash in the library's progress where UCX had begun to put a message into a dead one's socket.
+            # UCX's TCP writes into buffers by offset; an answer from one that has died in between crashes the survivor.
             "UCX_TCP_PUT_ENABLE": "n",
         },
         launch=(),
@@ -83,7 +82,7 @@ VENDORS = (
         calls_apart=True,
         leaves_shared_memory=("mpich_*", "ucx_shm_*"),
         leaves_files="hydra_hwloc_xmlfile_*",
-        proxied=True,
+        proxy="hydra_pmi_proxy",
         facts={
             "grow": "MPI_Comm_spawn, one world a newcomer",
             "shrink": "any rank leaves, rank 0 too; its process ends",
@@ -191,16 +190,38 @@ def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
     return unmapped(found)
 
 
-def launchers_files(pid: int) -> set[Path]:
-    """Return the files that process `pid` has open and that a launcher would leave if it were killed."""
-    found = set[Path]()
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                path = entry.readlink()
-                patterns = (vendor.leaves_files for vendor in VENDORS if vendor.leaves_files)
-                if path.parent == LAUNCHERS_FILES and any(path.match(pattern) for pattern in patterns):
-                    found.add(path)
+def orphaned_files(since: float = 0.0) -> list[Path]:
+    """Return what launchers of this user, killed after the time `since`, left among the temporary files."""
+    found = []
+    for vendor in VENDORS:
+        there = list(LAUNCHERS_FILES.glob(vendor.leaves_files)) if vendor.leaves_files else []
+        held = _held(vendor.proxy) if there else set()
+        for path in there:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if status.st_uid == os.geteuid() and status.st_mtime >= since and str(path) not in held:
+                    found.append(path)
+    return found
+
+
+def _held(name: str) -> set[str]:
+    """Return the files that this user's processes of the `name` have open."""
+    found = set()
+    for pid in named(name):
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(str(descriptor.readlink()))
+    return found
+
+
+def named(name: str) -> list[int]:
+    """Return the processes of this `name`, whoever's; the kernel's names have 15 characters."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "comm").read_text().rstrip("\n") == name[:15]:
+                found.append(int(entry.name))
     return found
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from ..model import Member
 
-NOTHING, RESIZE, STOP, END, CHECKPOINT = range(5)
+NOTHING, RESIZE, STOP, END, CHECKPOINT, COPY = range(6)
 UNKNOWN = -1
 
 

@@ -46,8 +46,15 @@ class Job:
         self.membership = membership
         self._saving = Saving(session, membership)
         self._looping = False
-        self._loops = 0
+        self._loops = self._entries = 0
         self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, "samples")
+
+    def begin_again(self) -> str:
+        """Be as at the start, before the user's function is entered again; return what it begins with. Collective."""
+        self._entries += 1
+        self.stopped, self._looping, self._loops = False, False, 0
+        self.membership.begin_again()
+        return self._saving.rewind()
 
     # --- who is there -------------------------------------------------------------------------------------------------
 
@@ -207,7 +214,7 @@ class Job:
         if self.stopped:
             return
         loop = Loop(self.membership, self._saving, self._here)
-        self._looping = True
+        self._looping, entry = True, self._entries
         try:
             going = loop.begin()
             while going:
@@ -216,11 +223,22 @@ class Job:
                 self._here = loop.here
                 going = loop.going()
         finally:
-            self._here = loop.here
-            self._looping = False
-            self.stopped = loop.stopped
+            if entry == self._entries:  # not one of before, which is taken away only now
+                self._here = loop.here
+                self._looping = False
+                self.stopped = loop.stopped
 
     # --- the end ------------------------------------------------------------------------------------------------------
+
+    @property
+    def here(self) -> Here:
+        """Where this rank stands, or stood last."""
+        return self._here
+
+    @property
+    def begins_at(self) -> tuple[int, int]:
+        """Loop and step with which the next loop begins, if the job did not start in this process."""
+        return self._saving.begins_at
 
     def where(self) -> tuple[int, int, int]:
         """Return rank, generation and step, for messages; -1 where there is none."""

@@ -24,6 +24,7 @@ from ..rundir import RunDirectory, checkpoint_folder
 from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked
 from .signals import heeded
+from .survivor import rewound
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -82,8 +83,7 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
         raise
     try:
         with heeded(job.session.run, job.member.id):
-            result = train(job)
-            job.end()
+            return _entered(train, job)
     except Retired:
         retire(job)
         raise SystemExit(0) from None
@@ -94,7 +94,19 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
             raise SystemExit(0) from None
         fail(job, error)
         raise AssertionError("unreachable") from error
-    return result
+
+
+def _entered(train: Callable[[Job], T], job: Job) -> T:
+    """Call the user's function, again after losses that it can't go on after, and end the job."""
+    while True:
+        try:
+            result = train(job)
+            job.end()
+        except BaseException as error:
+            if not rewound(job, error):
+                raise
+        else:
+            return result
 
 
 def import_mpi() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,6 +13,7 @@ from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
 from .inbox import Inbox
+from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports, await_ends
 from .underway import Invitations, UnderWay, make_plan
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
+GUARDS_WORD_S = 0.1
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
 
@@ -59,11 +62,11 @@ class Leader:
         self.saving: Saving | None = None
         self._office = office
         self._keep_office()
-        self._inbox = Inbox(self)
+        self.inbox = Inbox(self)
         self._invitations = Invitations(self)
         self._under_way: UnderWay | None = None
         self._committing: UnderWay | None = None
-        self._saved_step, self._saved_s = -1, session.clock()
+        self.keeping = Keeping(self)
         self._next_status = 0.0
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
@@ -91,17 +94,18 @@ class Leader:
         With `hold`, wait for newcomers. `point` and `losses` are what a plan says of the members to newcomers.
         """
         now, hold = self.session.clock(), self.session.config.hold
-        self._inbox.look(here)
+        self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
             under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
             self.reports.status(here, self.world, self.office, "running", under_way)
-        told = self._inbox.leaving()
-        if self._inbox.stops:
-            self.reports.say(f"the job stops at step {here.cursor.step}: {self._inbox.stops}")
+        told = self.inbox.leaving()
+        if self.inbox.stops:
+            self.reports.say(f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
             return "stop"
-        if self._checkpoint_due(here):
-            return "checkpoint"
+        kept = self.keeping.due(here)
+        if kept:
+            return kept
         # A resize is done when its leavers are gone: only then their slots can be had again.
         if hold:
             self.world.watch.until(self._all_gone, self.session.config.deadline_s, "leavers to end")
@@ -118,32 +122,13 @@ class Leader:
         return None
 
     def poll(self, here: Here) -> Supply:
-        """Ask the broker for the supply."""
-        return self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
-
-    def _checkpoint_due(self, here: Here) -> bool:
-        """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
-        saving, config, now, step = self.saving, self.session.config, self.session.clock(), here.cursor.step
-        if saving is None:
-            return False
-        self.report_checkpoints()
-        if self._saved_step < 0:
-            self._saved_step = step
-        due = self._inbox.wants_checkpoint or (0 < config.checkpoint_s <= now - self._saved_s)
-        due = due or 0 < config.checkpoint_steps <= step - self._saved_step
-        if not due or saving.busy:
-            return False
-        self._saved_step, self._saved_s = step, now
-        if self._inbox.wants_checkpoint:
-            self._inbox.keep(saves=False)
-        return True
-
-    def report_checkpoints(self) -> None:
-        """Tell of the checkpoints that are done, or have failed."""
-        for outcome in self.saving.outcomes() if self.saving is not None else []:
-            self.reports.log.write(outcome)
-            if outcome.error:
-                self.reports.say(f"the checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
+        """Ask the broker for the supply, and give back what it granted too late."""
+        supply = self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
+        if self._under_way is None or not self._under_way.wanted:
+            late = tuple(lease for lease in supply.leases if lease not in self.office.leases)
+            if late:
+                self.broker.release(late)
+        return supply
 
     # --- resizes ------------------------------------------------------------------------------------------------------
 
@@ -190,12 +175,24 @@ class Leader:
         self.reports.log.write(event)
         try:
             check(resize.ranks, leavers=resize.leavers, now=size, minimum=minimum, maximum=self.office.max_ranks)
-            arrivals = self._invitations.invite(here, newcomers(size, resize))
+            wanted = newcomers(size, resize)
+            arrivals = self._invitations.invite(wanted)
         except (ResizeRefused, LaunchError, OSError) as refusal:
             self._refused(here, resize, str(refusal), forced=forced)
             return
-        self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced)
+        self._under_way = UnderWay(resize, leaving(size, resize), arrivals, self.session.clock(), forced, wanted)
         self._next_status = 0.0
+        self._take(self._under_way, here)
+
+    def _take(self, way: UnderWay, here: Here) -> bool:
+        """Start newcomers where slots were granted; False if the resize can't go on for that."""
+        try:
+            problem = self._invitations.take(way, here)
+        except (LaunchError, OSError) as refusal:
+            problem = str(refusal)
+        if problem:
+            self._give_up(here, problem, backs_off=False)
+        return not problem
 
     def _advance(self, here: Here) -> bool:
         """Move the resize under way on; True when it can be committed."""
@@ -204,6 +201,8 @@ class Leader:
         arrivals = way.arrivals
         if arrivals is None:
             return True
+        if not self._take(way, here):
+            return False
         problem = self._invitations.drop_failing(way, here) or arrivals.problem()
         if not problem and arrivals.passed(here.loop):
             # They connected for a loop that has ended meanwhile: they have to come again.
@@ -217,7 +216,7 @@ class Leader:
         if problem:
             self._give_up(here, problem)
             return False
-        if arrivals.warm():
+        if not way.wanted and arrivals.warm():
             arrivals.bring()
         return arrivals.there()
 
@@ -254,10 +253,11 @@ class Leader:
         self._invitations.dismiss(way)
         return way
 
-    def _give_up(self, here: Here, reason: str) -> None:
+    def _give_up(self, here: Here, reason: str, *, backs_off: bool = True) -> None:
         """Call the resize under way off."""
         way = self._again()
-        self._back_off(way)
+        if backs_off:
+            self._back_off(way)
         self._refused(here, way.resize, reason, forced=way.forced)
 
     def _back_off(self, way: UnderWay) -> None:
@@ -288,8 +288,15 @@ class Leader:
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
+            self._await_guards(verdict.lost)
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
+
+    def _await_guards(self, members: tuple[Member, ...]) -> None:
+        """Wait a moment for the guards to say how these have ended: who was there sees a death before its guard does."""
+        until = time.monotonic() + GUARDS_WORD_S
+        while time.monotonic() < until and any(self.session.run.end_of(member.id) is None for member in members):
+            time.sleep(GUARDS_WORD_S / 50)
 
     def how(self, member: Member) -> str:
         """Return how a process ended, for people: as its guard saw it, and what it said itself."""
@@ -345,7 +352,7 @@ class Leader:
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
-        self.report_checkpoints()
+        self.keeping.report()
         if self._under_way is not None:
             self._again()
         self.reports.end(here, self.world, self.office, stopped=stopped)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import JobError, Retired
 from ..model import Cursor
-from .agreement import CHECKPOINT, END, RESIZE, STOP
+from .agreement import CHECKPOINT, COPY, END, RESIZE, STOP
 from .plan import Tally
 from .reports import Here
 from .saving import LONGEST_LEAVE_S
@@ -70,6 +70,8 @@ class Loop:
             return self._join()
         if word in (STOP, CHECKPOINT):
             self._saving.save(self.here)
+        elif word == COPY:
+            self._saving.copy(self.here)
         self.stopped = word == STOP
         return not self.stopped
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -13,16 +12,16 @@ from ..comm.door import Door
 from ..comm.messages import Report
 from ..comm.vendor import orphaned_shared_memory
 from ..comm.waiting import LeftOut, Lost, Watch
-from ..errors import JobError, LostRank, Retired
+from ..errors import JobError, LostRank, Retired, Rewound
 from ..model import Member
 from ..redistribute import DistributedArray
 from ..state import Registry
-from .agreement import CHECKPOINT, END, NOTHING, RESIZE, STOP, UNKNOWN, Account, Verdict
-from .offices import first_office, kept_office, make_leader
+from .agreement import CHECKPOINT, COPY, END, NOTHING, RESIZE, STOP, UNKNOWN, Account, Verdict
+from .offices import first_office, make_leader, next_leader
 from .plan import Office, Plan
-from .recovery import Meeting, Toll, generation_after, names, needs_all, ranks_of, send_away
+from .recovery import Meeting, Toll, generation_after, names, needs_all, ranks_of, send_away, standing
 from .reports import Here
-from .session import Session, peak_bytes
+from .session import OVER, Session, peak_bytes
 from .transition import Stages, Transition
 from .vigil import NO_MEETINGS, Vigil
 
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from .leader import Leader
     from .saving import Saving
 
-WORDS = {"stop": STOP, "checkpoint": CHECKPOINT, "end": END}
-OVER = ("ended", "stopped")
+WORDS = {"stop": STOP, "checkpoint": CHECKPOINT, "copy": COPY, "end": END}
 
 
 class Membership:
@@ -66,6 +64,7 @@ class Membership:
         self._point = -1
         self._in_sum = self._ready = False
         self._word = UNKNOWN
+        self._unwound = ""  # why this rank can't go on where it is
         self._verdict: Verdict | None = None
         self._moving: Transition | None = None
         self._settled: World | None = None
@@ -167,18 +166,11 @@ class Membership:
             self.leader.resized(plan, moving.stages.seconds, moving.state_bytes, moving.moved_bytes)
 
     def _lead(self, world: World) -> None:
-        """Be the leader if this is rank 0 now, with the office of the last resize or what a lost leader left since then."""
+        """Be the leader if this is rank 0 now."""
         planned, self._office = self._office, None
-        if world.rank != 0:
-            self.leader = None
-        elif self.leader is None:
-            kept = kept_office(self.session)
-            newer = planned is not None and planned.generation > kept.generation
-            self.leader = make_leader(self.session, world, planned if newer and planned else kept, self._tethers)
+        self.leader = next_leader(self.session, world, self.leader, planned, self._tethers)
+        if self.leader is not None:
             self.leader.saving = self.saving
-        else:
-            self.leader.world = world
-            self.leader.office = planned or self.leader.office
 
     # --- sums ---------------------------------------------------------------------------------------------------------
 
@@ -216,7 +208,7 @@ class Membership:
         """Agree with the other survivors, and come together; True if the resize under way was committed."""
         clock, moving = self.session.clock, self._moving
         begun = clock()
-        number, members = self._generation()
+        number, members = standing(self.world, moving)
         account = Account(
             member=self.member,
             generation=number,
@@ -226,7 +218,7 @@ class Membership:
             word=self._word,
             step=here.cursor.step,
             joining=moving.joining if moving is not None else (),
-            needs_all=needs_all(here) if self._word != END else "",
+            needs_all=self._unwound or (needs_all(here) if self._word != END else ""),
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()
@@ -236,7 +228,7 @@ class Membership:
         if committed is not None and committed.settled is None:
             self.retired, self.world, self.leader = True, None, None
             raise Retired(f"process {self.member.id} left the job while another was lost")
-        if verdict.refused:
+        if verdict.refused and self.session.config.recovery == "restart":
             raise LostRank(names(self.session.run, verdict) + f", and can't be done without: {verdict.refused}")
         if self.member.id not in {member.id for member in verdict.survivors}:
             raise LeftOut("the others went on without this process: it had stalled, or its resize was called off")
@@ -256,16 +248,30 @@ class Membership:
             seconds = {"agree": agreed - begun, "rebuild": clock() - agreed}
             self.leader.lost(verdict, here, seconds, rolled_back=moving is not None and committed is None)
         self._toll.count(verdict)
+        if verdict.refused:
+            raise Rewound(names(self.session.run, verdict))
         return committed is not None
 
-    def _generation(self) -> tuple[int, tuple[Member, ...]]:
-        """Return number and members of the generation that this rank is in; a newcomer's is the one it is to join."""
-        if self.world is not None:
-            return self.world.generation.number, self.world.generation.members
-        plan = self._moving.plan if self._moving is not None else None
-        if plan is None:
-            raise LostRank("the leader was lost before this newcomer had joined")
-        return plan.generation - 1, plan.members[: len(plan.members) - plan.joining]
+    def recover(self, here: Here) -> None:
+        """Come together with the other survivors, after the user's function was left.
+
+        Raises
+        ------
+        Rewound
+            Always, if it does not fail.
+        """
+        self._unwound = "the function given to he.run was left on a rank"
+        self._recover(here)
+        raise Rewound
+
+    def begin_again(self) -> None:
+        """Be as at the start, but in the generation at hand: the user's function is entered again."""
+        self.registry, self.arrays = Registry(), []
+        self._point, self._in_sum, self._ready, self._unwound = -1, False, False, ""
+        self._word, self._verdict, self._moving = UNKNOWN, None, None
+        if not self.entered:
+            self.entered = self.called = True
+            self.session.record(self.member, "member")
 
     def _rebuild(self, verdict: Verdict) -> None:
         """Come together with the other survivors."""
@@ -292,17 +298,10 @@ class Membership:
         self.vigil.losses = NO_MEETINGS
         self.session.record(self.member, "parked")
         tether = self._tethers[max(self._tethers)]
-        self.door, options = Door.parked(tether.comm, self.session.run, self.watch, self._doze)
+        self.door, options = Door.parked(tether.comm, self.session.run, self.watch, self.session.doze)
         self.vigil.watch(self.door.leader)
         self.member = msgspec.structs.replace(self.member, slot=options.slot)
         self.session.began = self.session.clock()
-
-    def _doze(self) -> None:
-        time.sleep(0.05)
-        self.session.check()
-        status = self.session.run.status()
-        if status is not None and status.state in OVER:
-            raise Retired("the job ended while this rank was parked")
 
     def join(self, here: Here) -> tuple[str, Plan | None]:
         """Report ready, wait to be called, and come in; return the last call, and the plan that was carried out.

@@ -76,3 +76,21 @@ def make_leader(session: Session, world: World, office: Office, tethers: dict[in
     config = session.config
     broker, policy = make_broker(config, office.leases), make_policy(config)
     return Leader(session, world, msgspec.structs.replace(office), broker, policy, tethers)
+
+
+def next_leader(
+    session: Session, world: World, leader: Leader | None, planned: Office | None, tethers: dict[int, World]
+) -> Leader | None:
+    """Return the leader in this process, if it is rank 0 of `world`: `leader` if it was before, or a new one.
+
+    A new one has the office `planned` at the last resize, or what a lost leader left since then.
+    """
+    if world.rank != 0:
+        return None
+    if leader is None:
+        kept = kept_office(session)
+        newer = planned is not None and planned.generation > kept.generation
+        return make_leader(session, world, planned if newer and planned else kept, tethers)
+    leader.world = world
+    leader.office = planned or leader.office
+    return leader

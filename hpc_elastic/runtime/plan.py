@@ -21,7 +21,8 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
 
     `target` is the number of ranks that the last resize led to: after a loss, replacements are asked for up to that.
     `generation` is the one that it led to. `stops`, `saves` and `told` are what was asked for and is not done yet: to stop,
-    and why; a checkpoint; that these processes leave.
+    and why; a checkpoint; that these processes leave. `saved_step` is the
+    step of the last snapshot for a checkpoint, `saved_s` the time of day then, in seconds, or 0 for none.
     """
 
     next_member: int
@@ -37,6 +38,8 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     told_of_parking: bool = False
     stops: str = ""
     saves: bool = False
+    saved_step: int = 0
+    saved_s: float = 0.0
     told: tuple[int, ...] = ()
 
 

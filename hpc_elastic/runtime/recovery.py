@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import faults
 from ..errors import JobError, LostRank
@@ -22,6 +23,10 @@ from ..rundir import RunDirectory
 from .agreement import Account, Verdict, awaited, judge
 from .reports import Here, await_ends
 from .vigil import Vigil
+
+if TYPE_CHECKING:
+    from ..comm.world import World
+    from .transition import Transition
 
 VERDICT = "verdict.json"
 JUDGED_S = 0.0005  # pause between looks: the survivors of one host agree within milliseconds
@@ -108,6 +113,22 @@ class Meeting:
         with contextlib.suppress(FileExistsError):
             os.link(beside, self._folder / VERDICT)
         beside.unlink()
+
+
+def standing(world: World | None, moving: Transition | None) -> tuple[int, tuple[Member, ...]]:
+    """Return number and members of the generation that this rank is in; a newcomer's is the one it is to join.
+
+    Raises
+    ------
+    LostRank
+        If it is in none.
+    """
+    if world is not None:
+        return world.generation.number, world.generation.members
+    plan = moving.plan if moving is not None else None
+    if plan is None:
+        raise LostRank("the leader was lost before this newcomer had joined")
+    return plan.generation - 1, plan.members[: len(plan.members) - plan.joining]
 
 
 def send_away(members: tuple[Member, ...], run: RunDirectory) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from ..rundir import checkpoint_folder
 from .plan import Tally
 
 if TYPE_CHECKING:
-    from ..checkpoint import Buffers, Checkpoint, Writer
+    from ..checkpoint import About, Buffers, Checkpoint, Store, Writer
+    from .copies import Copies, Remembered
     from .membership import Membership
     from .reports import Here
     from .session import Session
@@ -46,13 +48,21 @@ class Saving:
         self._membership = membership
         self._writer: Writer | None = None
         self._buffers: Buffers | None = None
-        self._from = session.checkpoint
+        self._from: Checkpoint | Remembered | None = session.checkpoint
+        self._rewinds = False
         self.standstill_s: dict[tuple[int, int], float] = {}
         if membership.leader is not None:
             membership.leader.saving = self
         membership.saving = self
 
     # --- writing ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def copies(self) -> Copies:
+        """What this rank holds in memory."""
+        from .copies import Copies
+
+        return Copies()
 
     @property
     def busy(self) -> bool:
@@ -61,7 +71,7 @@ class Saving:
 
     def save(self, here: Here) -> None:
         """Take a snapshot of the state at a step boundary, and have it written while the job goes on."""
-        from ..checkpoint import About, Buffers, Rows, Store, Writer
+        from ..checkpoint import Buffers, Rows, Writer
 
         begun = self._session.clock()
         faults.at("snapshot")
@@ -70,9 +80,7 @@ class Saving:
         if not leads and not here.arrays:
             return  # the state is the same on all ranks: one writes it
         if self._writer is None or self._buffers is None:
-            config = self._session.config
-            folder = Path(self._session.script.directory) / checkpoint_folder(config, self._session.run.path)
-            self._writer = Writer(Store(folder, config.checkpoints_kept))
+            self._writer = Writer(self.store())
             self._buffers = Buffers()
         if self._writer.busy:
             self._writer.abandon()  # a part of it does not come: somebody was lost meanwhile
@@ -83,22 +91,41 @@ class Saving:
             Rows(array.name, array.shape, array.dtype.str, array.start, copy)
             for array, copy in zip(here.arrays, copies[len(arrays) :], strict=True)
         ]
-        notes = {"tally": msgspec.to_builtins(here.tally)}
-        if member.leader is not None:
-            office = member.leader.office
-            notes |= {"decided": office.decided, "asked": office.asked, "target": office.target}
-        about = About(
+        about = self._about(here)
+        parts = tuple(range(world.size)) if here.arrays else (world.rank,)
+        self._writer.write(about, world.rank, parts, header, copies[: len(arrays)], rows, commits=leads)
+        self.standstill_s[here.loop, here.cursor.step] = self._session.clock() - begun
+
+    def _about(self, here: Here) -> About:
+        from ..checkpoint import About
+
+        notes: dict[str, Any] = {"tally": msgspec.to_builtins(here.tally)}
+        notes["rows"] = {array.name: array.shape[0] for array in here.arrays}
+        leader = self._membership.leader
+        if leader is not None:
+            notes |= {"decided": leader.office.decided, "asked": leader.office.asked, "target": leader.office.target}
+        return About(
             loop=here.loop,
             cursor=here.cursor,
             names=here.names,
             settings=bits(self._session),
-            generation=world.generation.number,
+            generation=self._membership.joined().generation.number,
             time=time.time(),
             notes=notes,
         )
-        parts = tuple(range(world.size)) if here.arrays else (world.rank,)
-        self._writer.write(about, world.rank, parts, header, copies[: len(arrays)], rows, commits=leads)
-        self.standstill_s[here.loop, here.cursor.step] = self._session.clock() - begun
+
+    def store(self) -> Store:
+        """Return where the checkpoints are."""
+        from ..checkpoint import Store
+
+        config = self._session.config
+        folder = Path(self._session.script.directory) / checkpoint_folder(config, self._session.run.path)
+        return Store(folder, config.checkpoints_kept)
+
+    def copy(self, here: Here) -> None:
+        """Keep copies of the state at a step boundary in the ranks' memory. Collective."""
+        header, arrays = self._membership.registry.pack()
+        self.copies.take(self._membership.joined(), here, self._about(here), header, arrays)
 
     def outcomes(self) -> list[events.Checkpointed]:
         """Return what became of the checkpoints that this rank finished since the last call."""
@@ -127,6 +154,27 @@ class Saving:
 
     # --- beginning with one -------------------------------------------------------------------------------------------
 
+    def rewind(self) -> str:
+        """Have the next loop begin with the last state that is left after a loss; return its source. Collective."""
+        self._rewinds, self._from = True, self.copies.find(self._membership.joined())
+        if self._from is not None:
+            return "memory"
+        self._from = self._last_on_disk()
+        return str(self._from.path) if self._from is not None else "the start"
+
+    def _last_on_disk(self) -> Checkpoint | None:
+        from ..checkpoint import Checkpoint
+
+        world = self._membership.joined()
+        found = self.store().newest() if world.rank == 0 else None
+        path = world.tell(str(found.path if found is not None else "").encode() if world.rank == 0 else None).decode()
+        return Checkpoint.open(Path(path)) if path else None
+
+    @property
+    def begins_at(self) -> tuple[int, int]:
+        """Loop and step with which the next loop begins."""
+        return self._from.about.place if self._from is not None else (1, 0)
+
     def restore(self, here: Here) -> Here | None:
         """Return where a loop begins: `here`, or where the checkpoint was made that the run began with; None past it."""
         found = self._from
@@ -135,20 +183,21 @@ class Saving:
         if here.loop < found.about.loop:
             return None
         self._from = self._session.checkpoint = None
+        rewinds, self._rewinds = self._rewinds, False
         faults.at("restore")
         self._check(found, here)
         self._membership.registry.unpack(found.header, found.arrays())
         for array in here.arrays:
             array.local[:] = found.rows(array.name, array.start, array.stop)
         leader = self._membership.leader
-        if leader is not None:
+        if leader is not None and not rewinds:
             leader.reports.log.write(
                 events.Resumed(loop=here.loop, step=found.about.cursor.step, path=str(found.path), ranks=leader.world.size)
             )
         tally = msgspec.convert(found.about.notes["tally"], Tally)
         return replace(here, cursor=found.about.cursor, tally=tally)
 
-    def _check(self, found: Checkpoint, here: Here) -> None:
+    def _check(self, found: Checkpoint | Remembered, here: Here) -> None:
         if tuple(found.about.names) != here.names:
             theirs = ", ".join(name for name in found.about.names if name not in here.names)
             ours = ", ".join(name for name in here.names if name not in found.about.names)

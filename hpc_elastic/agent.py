@@ -1,0 +1,212 @@
+"""Agent of a companion: starts newcomers there, and ends the companion when the job needs it no more.
+
+    python -I -S agent.py RUN N QUIET_S             the script of companion N, a batch job of one node
+    python -I -S agent.py --sentinel RUN N          a step in it, which is told when the companion is to go
+
+Run by path, it imports nothing of the package. It is the companion's batch script, so the companion ends with it, and nobody
+else has to be there for that. In the run directory, below ``companions``, it
+
+- writes ``N.held.json``: where it is, and what it may use; then touches ``N.beat`` four times a second, as its sign of life;
+- runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer;
+- has ``N.term`` made when Slurm sends SIGTERM, as it does to steps, and not to batch scripts, before it takes the node away;
+- ends, once no guard is left, when ``N.release`` is there, or the job has ended; and in any case when no rank of the job has
+  given a sign of life for ``QUIET_S`` seconds, or the run directory is gone. ``N.end`` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+POLL_S, LOOK_S = 0.02, 0.25
+GRACE_S = 5.0  # for guards to end their ranks
+GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
+LEFT = ("ended", "stopped")
+
+
+class Agent:
+    """The agent of one companion."""
+
+    def __init__(self, run: str, number: str, quiet_s: float) -> None:
+        self.run, self.number, self.quiet_s = run, number, quiet_s
+        self.orders = os.path.join(run, "companions", number)
+        self.guards: dict[int, subprocess.Popen[bytes]] = {}
+        self.sentinel: subprocess.Popen[bytes] | None = None
+        self.seen: dict[str, float] = {}
+        self.quiet_since = time.monotonic()
+
+    def file(self, kind: str) -> str:
+        """Return the path of what this agent says, or is told."""
+        return os.path.join(self.run, "companions", f"{self.number}.{kind}")
+
+    def put(self, kind: str, text: str) -> None:
+        """Write a file so that it is there whole, or not at all."""
+        beside = os.path.join(self.run, "companions", f".{self.number}.{kind}.{os.getpid()}")
+        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
+        os.rename(beside, self.file(kind))
+
+    def serve(self) -> str:
+        """Serve until the companion is needed no more, and return why."""
+        os.makedirs(self.orders, mode=0o700, exist_ok=True)
+        node = os.environ.get("SLURMD_NODENAME", "")
+        held = {
+            "host": os.uname().nodename,
+            "node": node,
+            "allocation": os.environ.get("SLURM_JOB_ID", ""),
+            "gpus": next((os.environ[name] for name in GPUS if os.environ.get(name)), ""),
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+        self.put("held.json", json.dumps(held))
+        self.watch_for_term(node)
+        next_look = 0.0
+        while True:
+            self.obey()
+            self.bury()
+            if not self.guards and os.path.exists(self.file("release")):
+                return "it was given back"
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_S
+                why = self.look()
+                if why:
+                    return why
+            time.sleep(POLL_S)
+
+    def watch_for_term(self, node: str) -> None:
+        """Start the step that Slurm tells."""
+        if not node:
+            return  # not in Slurm: a test
+        step = ["srun", "--overlap", "--quiet", "--ntasks=1", "--nodes=1", "--nodelist", node, "--mem=0", "--gres=none"]
+        mine = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--sentinel", self.run, self.number]
+        environ = {
+            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_CPU", "SLURM_MEM", "SLURM_TRES"))
+        }
+        try:
+            self.sentinel = subprocess.Popen([*step, *mine], stdin=subprocess.DEVNULL, env=environ)
+        except OSError as problem:
+            print(f"hpc_elastic: no step on {node}, so nobody will say when the companion is to go: {problem}", flush=True)
+
+    def obey(self) -> None:
+        """Start what is to be started."""
+        try:
+            names = os.listdir(self.orders)
+        except OSError:
+            return
+        for name in names:
+            stem, kind = os.path.splitext(name)
+            if kind != ".json" or not stem.isdigit():
+                continue
+            path = os.path.join(self.orders, name)
+            try:
+                with open(path, "rb") as file:
+                    content = file.read()
+                os.unlink(path)
+            except FileNotFoundError:
+                continue  # it was taken back
+            try:
+                order = json.loads(content)
+                self.guards[int(stem)] = subprocess.Popen(order["command"], env=order["environ"], stdin=subprocess.DEVNULL)
+            except (OSError, ValueError, KeyError) as problem:
+                print(f"hpc_elastic: newcomer {stem} could not be started: {problem}", flush=True)
+
+    def bury(self) -> None:
+        """Forget guards that have ended."""
+        for number, guard in list(self.guards.items()):
+            if guard.poll() is not None:
+                del self.guards[number]
+
+    def look(self) -> str:
+        """Give a sign of life; return why the companion ends, or nothing."""
+        try:
+            with open(self.file("beat"), "a", encoding="ascii"):
+                os.utime(self.file("beat"))
+        except OSError:
+            if not os.path.isdir(self.run):
+                return "the run directory is gone"
+        if self.quiet():
+            return f"no rank has given a sign of life for {self.quiet_s:g} s"
+        return "" if self.guards else self.over()
+
+    def over(self) -> str:
+        """Return why the job needs nobody any more, or nothing."""
+        for name, key, values in (("status.json", "state", ("ended", "stopped")), ("failure.json", "kind", ("error",))):
+            try:
+                with open(os.path.join(self.run, name), encoding="utf-8") as file:
+                    value = json.load(file)[key]
+            except (OSError, ValueError, KeyError):
+                continue
+            if value in values:
+                return "the job has ended" if name == "status.json" else "the job has failed"
+        return ""
+
+    def quiet(self) -> bool:
+        """Tell whether no rank has given a sign of life for too long, by this host's clock."""
+        folder, found = os.path.join(self.run, "ranks"), {}
+        try:
+            for entry in os.scandir(folder):
+                if entry.name.endswith(".beat"):
+                    found[entry.name] = entry.stat().st_mtime
+        except OSError:
+            found = self.seen  # no word from the file system is no sign of life, either
+        now = time.monotonic()
+        if found != self.seen:
+            self.seen, self.quiet_since = found, now
+        return now - self.quiet_since > self.quiet_s
+
+    def end(self, why: str) -> None:
+        """End all that was started here, and say why."""
+        for guard in self.guards.values():
+            guard.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for guard in self.guards.values():
+            try:
+                guard.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                guard.kill()
+        if self.sentinel is not None:
+            self.sentinel.terminate()
+        print(f"hpc_elastic: companion {self.number} ends: {why}", flush=True)
+        try:
+            self.put("end", why)
+        except OSError:
+            pass  # the run directory is gone
+
+
+def sentinel(run: str, number: str) -> None:
+    """Say so when SIGTERM comes."""
+    path = os.path.join(run, "companions", f"{number}.term")
+
+    def told(*_: object) -> None:
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        except OSError:
+            pass
+
+    signal.signal(signal.SIGTERM, told)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+
+
+def main() -> None:
+    """Be the agent, or its sentinel."""
+    arguments = sys.argv[1:]
+    if arguments[0] == "--sentinel":
+        sentinel(arguments[1], arguments[2])
+        return
+    agent = Agent(arguments[0], arguments[1], float(arguments[2]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    why = "it was told to end"
+    try:
+        why = agent.serve()
+    finally:
+        agent.end(why)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The agent of a companion, run as it is, but outside Slurm: what it starts, when it ends, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hpc_elastic
+from hpc_elastic.rundir import RunDirectory, companion_file, order_file
+
+AGENT = Path(hpc_elastic.__file__).parent / "agent.py"
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory.create(tmp_path / "run")
+
+
+@pytest.fixture
+def agent(run):
+    started = []
+
+    def start(quiet_s=LIMIT_S):
+        environ = {key: value for key, value in os.environ.items() if key != "SLURMD_NODENAME"}
+        command = [sys.executable, "-I", "-S", AGENT, run.path, "0", str(quiet_s)]
+        started.append(subprocess.Popen(command, env=environ | {"SLURM_JOB_ID": "17"}, stdout=subprocess.PIPE, text=True))
+        until(companion_file(run.path, 0, "held.json").exists)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def until(done):
+    deadline = time.monotonic() + LIMIT_S
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def order(run, member, *command, **environ):
+    path = order_file(run.path, 0, member)
+    run.put(path, {"command": list(map(str, command)), "environ": environ})
+
+
+def said(run):
+    return companion_file(run.path, 0, "end").read_text()
+
+
+def test_says_where_it_is_and_gives_signs_of_life(run, agent):
+    agent()
+    held = json.loads(companion_file(run.path, 0, "held.json").read_text())
+    assert held["host"] == os.uname().nodename
+    assert held["allocation"] == "17"
+    beat = companion_file(run.path, 0, "beat")
+    until(beat.exists)
+    before = beat.stat().st_mtime_ns
+    until(lambda: beat.stat().st_mtime_ns > before)
+
+
+def test_runs_what_it_is_told(run, agent, tmp_path):
+    agent()
+    order(run, 3, "/bin/sh", "-c", 'echo "$WHO" > "$WHERE"', WHO="three", WHERE=str(tmp_path / "out"))
+    until(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text() == "three\n")
+    assert not order_file(run.path, 0, 3).exists()
+
+
+def test_orders_that_are_no_good_cost_only_themselves(run, agent, tmp_path):
+    started = agent()
+    order(run, 4, "/no/such/program")
+    order_file(run.path, 0, 5).write_text("{")
+    order(run, 6, "/bin/touch", tmp_path / "six")
+    until((tmp_path / "six").exists)
+    companion_file(run.path, 0, "release").touch()
+    out, _ = started.communicate(timeout=LIMIT_S)
+    assert "newcomer 4 could not be started" in out
+    assert "newcomer 5 could not be started" in out
+    assert started.returncode == 0
+
+
+def test_given_back_when_the_last_one_has_ended(run, agent, tmp_path):
+    started = agent()
+    order(run, 1, "/bin/sh", "-c", f"until [ -e {tmp_path}/go ]; do sleep 0.01; done; touch {tmp_path}/gone")
+    until(lambda: not order_file(run.path, 0, 1).exists())
+    companion_file(run.path, 0, "release").touch()
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(0.6)
+    (tmp_path / "go").touch()
+    assert started.wait(LIMIT_S) == 0
+    assert (tmp_path / "gone").exists()
+    assert said(run) == "it was given back"
+
+
+@pytest.mark.parametrize("state", ["ended", "stopped"])
+def test_the_job_has_ended(state, run, agent):
+    started = agent()
+    run.put(run.path / "status.json", {"state": state})
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "the job has ended"
+
+
+def test_the_program_has_failed(run, agent):
+    started = agent()
+    run.put(run.path / "failure.json", {"kind": "error"})
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "the job has failed"
+
+
+def test_a_job_that_is_lost_may_be_restarted(run, agent):
+    started = agent(quiet_s=1.0)
+    run.put(run.path / "failure.json", {"kind": "lost"})
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "no rank has given a sign of life for 1 s"
+
+
+def test_nobody_gives_a_sign_of_life(run, agent):
+    """What it has started is ended, too."""
+    started = agent(quiet_s=1.0)
+    order(run, 1, "/bin/sleep", "60")
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "no rank has given a sign of life for 1 s"
+
+
+def test_signs_of_life_keep_it(run, agent):
+    started = agent(quiet_s=1.0)
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        run.beat_file(0).touch()
+        time.sleep(0.05)
+        assert started.poll() is None
+
+
+def test_the_run_directory_is_gone(run, agent):
+    started = agent()
+    run.path.rename(run.path.with_name("elsewhere"))
+    assert started.wait(LIMIT_S) == 0
+
+
+def test_told_to_end(run, agent):
+    started = agent()
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "it was told to end"
+
+
+def test_the_sentinel_notes_the_signal(run):
+    started = subprocess.Popen([sys.executable, "-I", "-S", AGENT, "--sentinel", run.path, "0"])
+    try:
+        term = companion_file(run.path, 0, "term")
+
+        def told():
+            started.send_signal(signal.SIGTERM)
+            return term.exists() or started.poll() is not None
+
+        caught = Path(f"/proc/{started.pid}/status")
+        until(lambda: int(caught.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+        until(told)
+        assert term.exists()
+    finally:
+        started.kill()
+        started.wait()
