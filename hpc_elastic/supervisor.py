@@ -144,6 +144,8 @@ class Supervisor:
             well = self._ended_well()
         finally:
             left = attempt.clean(thoroughly=not well or attempt.lingers)
+            if not well:
+                self._clean_checkpoints()
         if left:
             self._say(f"processes {left} can't be ended")
         return self._verdict(attempt)
@@ -228,6 +230,12 @@ class Supervisor:
         self._reached = self._reached or attempt.hangs != "" or bool(self.run.records())
         code = attempt.process.returncode
         return self._lost(failure, code) if self._reached else self._never_reached(failure, code)
+
+    def _clean_checkpoints(self) -> None:
+        """Remove what there is of checkpoints that were not finished."""
+        folder = Path(self.launch.directory) / checkpoint_folder(self.config, self.run.path)
+        with contextlib.suppress(OSError):
+            Store(folder).clean()
 
     def _never_reached(self, failure: Failure | None, code: int) -> int:
         """Say that no rank came to ``he.run``, which a restart would not change."""

@@ -13,8 +13,9 @@ from hpc_elastic.runtime.agreement import Verdict
 
 T = TypeVar("T", bound=events.Event)
 
-AS_EVER, WENT_ON, DROPPED, ROLLED_BACK, RESTARTED = "as ever", "went on", "newcomer dropped", "rolled back", "restarted"
-OUTCOMES = (AS_EVER, WENT_ON, DROPPED, ROLLED_BACK, RESTARTED)
+AS_EVER, WENT_ON, DROPPED, ROLLED_BACK = "as ever", "went on", "newcomer dropped", "rolled back"
+BEGAN_AGAIN, RESTARTED = "began again", "restarted"
+OUTCOMES = (AS_EVER, WENT_ON, DROPPED, ROLLED_BACK, BEGAN_AGAIN, RESTARTED)
 
 
 def happened(run: Path, kind: type[T]) -> list[T]:
@@ -41,6 +42,8 @@ def outcome(run: Path) -> str:
     """Return how a run that ended well came through its troubles: of several ways, the hardest."""
     if happened(run, events.Restarted):
         return RESTARTED
+    if happened(run, events.Rewound):
+        return BEGAN_AGAIN
     if any(verdict.dismissed for verdict in verdicts(run)):
         return ROLLED_BACK
     if any("newcomer" in reason for reason in refusals(run)):

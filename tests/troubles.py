@@ -20,7 +20,7 @@ from .launch import Job
 
 MOST_RANKS, SLOTS = 4, 5
 IN_STEPS = ("point", "sum")  # passed at every step, so that a fault there needs a step
-IN_CHECKPOINTS = ("snapshot", "write", "manifest")
+IN_CHECKPOINTS = ("copy", "snapshot", "write", "manifest")
 IN_RESIZES = (
     *("request", "start", "warm", "spawn", "init", "gather"),
     *("drain", "merge", "sync", "redistribute", "split", "commit", "retire"),
@@ -148,7 +148,7 @@ def _trouble(rng: random.Random, kind: str, steps: int) -> Trouble:
     if kind not in FAULTS:
         return Trouble(kind, "", step, rng.random())
     action = f"delay={rng.choice([0.05, 0.5, 1, 3])}" if kind == "fault delay" else FAULTS[kind]
-    groups = [IN_CHECKPOINTS[1:]] if kind == "disk full" else [IN_STEPS, IN_CHECKPOINTS, IN_RESIZES, IN_RESIZES, IN_LOSSES]
+    groups = [IN_CHECKPOINTS[2:]] if kind == "disk full" else [IN_STEPS, IN_CHECKPOINTS, IN_RESIZES, IN_RESIZES, IN_LOSSES]
     stages = rng.choice(groups)
     parts = [rng.choice(stages), action]
     if stages is IN_STEPS:

@@ -66,23 +66,25 @@ class Store:
         folder.mkdir(mode=0o700, exist_ok=True)
         sign = folder / f"part-{part}.json"
         sign.unlink(missing_ok=True)
-        self._failed(about, part).unlink(missing_ok=True)
         written = hdf5.write(folder / f"part-{part}.h5", part, header, arrays, rows)
         with appearing(sign) as descriptor:
             put(descriptor, 0, msgspec.json.encode(_Written(about.generation, written)))
 
-    def fail_part(self, about: About, part: int) -> None:
-        """Say that a part can't be written, so that nobody waits for it."""
+    def give_up(self, about: About, part: int, why: str) -> None:
+        """Tell the process that commits that one part will not come; `why` is for people."""
         with contextlib.suppress(OSError):
-            self._failed(about, part).touch(mode=0o600)
+            self._sign(about, part).touch(mode=0o600)
+            self._sign(about, part).write_text(why)
 
-    def failed(self, about: About, parts: Iterable[int]) -> list[int]:
-        """Return which of the `parts` of the checkpoint `about` can't be written."""
-        return [part for part in parts if self._failed(about, part).exists()]
+    def given_up(self, about: About, parts: Iterable[int]) -> str | None:
+        """Return why a part will not come, as far as that could be written down; None if none is given up."""
+        for part in parts:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                return self._sign(about, part).read_text()
+        return None
 
-    def _failed(self, about: About, part: int) -> Path:
-        # All is in the name, since the disk may be full; others may have tried the same checkpoint in an earlier generation.
-        return self._unfinished(about) / f"part-{part}.failed.{about.generation}"
+    def _sign(self, about: About, part: int) -> Path:
+        return self._unfinished(about) / f"part-{part}-{about.generation}.failed"
 
     def ready(self, about: About, parts: Iterable[int]) -> bool:
         """Tell whether all `parts` of the checkpoint `about` are complete."""

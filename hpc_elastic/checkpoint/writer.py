@@ -161,10 +161,9 @@ class Writer:
         commits: bool,
     ) -> None:
         began = time.perf_counter()
-        path, error, written = None, "", False
+        path, error = None, ""
         try:
             self._store.write_part(about, part, header, arrays, rows)
-            written = True
             if commits:
                 self._await(about, parts)
                 path = self._store.commit(about, parts)
@@ -177,8 +176,8 @@ class Writer:
             error = f"checkpoint {about.name} was not written: {type(problem).__name__}: {problem}"
         if error and commits:
             self._store.discard(about)  # a full disk needs the space
-        elif not written:
-            self._store.fail_part(about, part)
+        elif error:
+            self._store.give_up(about, part, error)
         nbytes = len(header) + sum(array.nbytes for array in arrays) + sum(each.values.nbytes for each in rows)
         self._outcomes.append(Outcome(about, path, error, time.perf_counter() - began, nbytes))
 
@@ -186,11 +185,8 @@ class Writer:
         missing = set(parts)
         until = time.monotonic() + self._limit_s
         while missing := {part for part in missing if not self._store.ready(about, [part])}:
-            if failed := self._store.failed(about, missing):
-                raise CheckpointError(
-                    f"parts {', '.join(map(str, sorted(failed)))} could not be written by their ranks, which know why; "
-                    "the next is tried as usual"
-                )
+            if (why := self._store.given_up(about, missing)) is not None:
+                raise CheckpointError(why or "a part could not be written, and not even that could be said")
             if self._abandoned.wait(POLL_S) or time.monotonic() > until:
                 why = "it was given up" if self._abandoned.is_set() else f"they did not come within {self._limit_s:g} s"
                 raise CheckpointError(

@@ -11,7 +11,7 @@ from ..model import Cursor
 from .agreement import CHECKPOINT, COPY, END, RESIZE, STOP
 from .plan import Tally
 from .reports import Here
-from .saving import LONGEST_LEAVE_S
+from .saving import LEAVERS_WAIT_S
 
 if TYPE_CHECKING:
     from .membership import Membership
@@ -65,7 +65,7 @@ class Loop:
         if word == END:
             raise JobError(f"rank 0 left the loop at step {self.here.cursor.step}, and this rank did not: all have to")
         if word == RESIZE and self._membership.world is None:
-            self._saving.finish(LONGEST_LEAVE_S)
+            self._saving.finish(LEAVERS_WAIT_S)
             self._membership.leave(self.here)
             return self._join()
         if word in (STOP, CHECKPOINT):

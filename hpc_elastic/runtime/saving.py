@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .reports import Here
     from .session import Session
 
-LONGEST_WAIT_S = 600.0  # for a checkpoint that is being written when the rank ends
-LONGEST_LEAVE_S = 30.0  # for the part of a rank that leaves: its slot stays in use meanwhile
+LONGEST_WAIT_S = 600.0  # for a checkpoint that is being written when the job ends
+LEAVERS_WAIT_S = 30.0  # for its part of one when a rank leaves
 LOOK_S = 0.05
 
 
@@ -146,16 +146,18 @@ class Saving:
         ]
 
     def finish(self, limit_s: float = LONGEST_WAIT_S) -> None:
-        """Wait until what is being written is on the disk, at most `limit_s` seconds. Parts of lost ranks don't come."""
-        writer, deadline = self._writer, self._session.clock() + limit_s
-        while writer is not None and not writer.wait(LOOK_S) and self._session.clock() < deadline:
+        """Wait until what is being written is on the disk; parts of ranks that were lost are not waited for."""
+        until = time.monotonic() + limit_s
+        while self._writer is not None and not self._writer.wait(LOOK_S) and time.monotonic() < until:
             if self._membership.bereft():
-                writer.abandon()
+                self._writer.abandon()
 
     # --- beginning with one -------------------------------------------------------------------------------------------
 
     def rewind(self) -> str:
         """Have the next loop begin with the last state that is left after a loss; return its source. Collective."""
+        if self._writer is not None:
+            self._writer.abandon()  # the lost rank's part of what is being written may never come
         self._rewinds, self._from = True, self.copies.find(self._membership.joined())
         if self._from is not None:
             return "memory"

@@ -16,14 +16,16 @@ from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.config import FAULT_VARIABLE
 from hpc_elastic.faults import STAGES
 
-from ..afterwards import AS_EVER, DROPPED, RESTARTED, ROLLED_BACK, WENT_ON, check_ledger, happened, outcome
+from ..afterwards import AS_EVER, BEGAN_AGAIN, DROPPED, RESTARTED, ROLLED_BACK, WENT_ON, check_ledger, happened, outcome
 from ..launch import SCRIPTS, Job, hpc_elastic
 from ..shards import SAMPLES
 
 EPOCHS, PAUSE_S = 4, 0.01
+SIZE, TURNS = 33, 64
 DELAY_S, STALL_S = 1.0, 1.5
 GROWS, SHRINKS, LED_AWAY, REPLACES = "3:3,30:4", "3:3,30:2-1", "3:3,30:2-0", "3:3,30:3-1"
 WHO = {"leader": "gen=1:role=leader", "other": "gen=1:rank=2", "newcomer": "member=3", "leaver": "gen=1:rank=1"}
+POINT = "point:kill:gen=1:rank=1:step=20;"
 LOSS = "sum:kill:gen=1:rank=1:step=20;"
 ACTIONS = ("kill", "stop", "delay")
 
@@ -40,6 +42,8 @@ class Cell:
         Further conditions of the fault.
     before : str
         A fault that has to happen before, so that the stage is passed at all.
+    job : str
+        "softmax", or "plate", which has a distributed array.
     quick : tuple of str
         Actions that are tested always.
     """
@@ -51,6 +55,7 @@ class Cell:
     table: str = GROWS
     more: str = ""
     before: str = ""
+    job: str = "softmax"
     quick: tuple[str, ...] = ()
 
     def fault(self, action: str) -> str:
@@ -110,6 +115,11 @@ CELLS = (
     Cell("snapshot", "other", (WENT_ON,)),
     Cell("write", "leader", (WENT_ON,), quick=("kill",)),
     Cell("manifest", "leader", (WENT_ON,)),
+    # Copies in memory.
+    Cell("copy", "leader", (BEGAN_AGAIN,), job="plate"),
+    Cell("copy", "other", (BEGAN_AGAIN,), job="plate", quick=("kill",)),
+    Cell("restore", "leader", (BEGAN_AGAIN,), who="role=leader", before=POINT, job="plate"),
+    Cell("restore", "other", (BEGAN_AGAIN,), who="role=other", before=POINT, job="plate"),
 )
 
 
@@ -126,13 +136,22 @@ def test_every_stage_is_tested():
 
 
 @pytest.fixture(scope="module")
-def static(shards, tmp_path_factory):
+def scripts(shards):
+    """The jobs, without their pauses."""
+    return {"softmax": [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause"], "plate": [SCRIPTS / "plate.py", SIZE, TURNS]}
+
+
+@pytest.fixture(scope="module")
+def static(scripts, tmp_path_factory):
     """What one static rank computes."""
-    folder = tmp_path_factory.mktemp("static")
-    with Job(hpc_elastic("run", "--run-dir", "r", SCRIPTS / "softmax.py", shards, EPOCHS), folder=folder) as job:
-        done = job.wait()
-    assert done.code == 0, done.err
-    return done.value("sha256")
+    found = {}
+    for name, script in scripts.items():
+        folder = tmp_path_factory.mktemp(name)
+        with Job(hpc_elastic("run", "--run-dir", "r", *script, 0), folder=folder) as job:
+            done = job.wait()
+        assert done.code == 0, done.err
+        found[name] = done.value("sha256")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +164,7 @@ def found(request):
         write_table(file, happenings)
 
 
-def test_fault(cell, action, shards, static, found, tmp_path):
+def test_fault(cell, action, scripts, static, found, tmp_path):
     run = tmp_path / "r"
     settings = {"ledger": "true", "stall_s": STALL_S, "deadline_s": 20, "checkpoint_steps": 5}
     options = [
@@ -153,7 +172,7 @@ def test_fault(cell, action, shards, static, found, tmp_path):
         *(() if cell.stage == "retire" else ("--hold",)),
     ]
     options += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", PAUSE_S if cell.stage != "retire" else 5 * PAUSE_S]
+    script = [*scripts[cell.job], PAUSE_S if cell.stage != "retire" else 5 * PAUSE_S]
     with Job(hpc_elastic("run", *options, *script), folder=tmp_path, environ={FAULT_VARIABLE: cell.fault(action)}) as job:
         done = job.wait()
     assert done.code == 0, done.err
@@ -161,19 +180,23 @@ def test_fault(cell, action, shards, static, found, tmp_path):
     assert happening.exists(), "the stage was not passed"
     came, seconds = outcome(run), seconds_from(happening.stat().st_mtime, run)
     found[cell.stage, cell.role, action] = came if came == AS_EVER else f"{came}, {seconds:.2f} s"
-    assert done.value("sha256") == static
-    check_ledger(run, EPOCHS, SAMPLES)
+    assert done.value("sha256") == static[cell.job]
+    if cell.job == "softmax":
+        check_ledger(run, EPOCHS, SAMPLES)
     assert came in (cell.lost if action != "delay" else (outcome_of_delay(cell),)), done.err
 
 
 def outcome_of_delay(cell):
     """Return what a delay leads to: nothing, but for what had to happen before."""
-    return AS_EVER if not cell.before else RESTARTED if cell.stage == "restore" else WENT_ON
+    if not cell.before:
+        return AS_EVER
+    return BEGAN_AGAIN if cell.job == "plate" else RESTARTED if cell.stage == "restore" else WENT_ON
 
 
 def seconds_from(moment: float, run: Path) -> float:
     """Return how long after the `moment` of the fault the job went on."""
-    ends = [event.time for kind in (events.Lost, events.Refused, events.Resumed) for event in happened(run, kind)]
+    kinds = (events.Lost, events.Refused, events.Resumed, events.Rewound)
+    ends = [event.time for kind in kinds for event in happened(run, kind)]
     return min((end - moment for end in ends if end > moment), default=0.0)
 
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -761,25 +760,6 @@ def test_parts_that_never_come(store, given_up):
     check(store.newest(), 200)
 
 
-def test_a_part_that_can_not_be_written(store):
-    """Nobody waits for it; one of other members does not count, nor does one of an attempt before."""
-    leader, other = Writer(store, limit_s=LIMIT_S), Writer(store)
-    bad = replace(rows(GRID, 10, 20), dtype="<f2")
-    for generation, failed in ((2, []), (3, [1])):
-        other.write(about(generation=generation), 1, range(2), b"", [], [bad], commits=False)
-        assert other.wait(LIMIT_S)
-        assert "this is a fault" in other.done()[0].error
-        assert store.failed(about(), [0, 1]) == failed
-    leader.write(about(), 0, range(2), b"head", weights(100), [rows(GRID, 0, 10)], commits=True)
-    assert leader.wait(LIMIT_S / 2)
-    assert "parts 1 could not be written" in leader.done()[0].error
-    assert names(store.folder) == []
-    other.write(about(), 1, range(2), b"", [], [bad], commits=False)
-    assert other.wait(LIMIT_S)
-    store.write_part(about(), 1, b"", [], [rows(GRID, 10, 20)])
-    assert store.failed(about(), [0, 1]) == []
-
-
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -856,3 +836,23 @@ def test_buffers_are_used_again():
         same(one, other)
     assert [one is other for one, other in zip(first, second, strict=False)] == [True, False, True]
     assert len(buffers.copy(arrays)) == 4
+
+
+# --- parts that can't be written ------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_fails_is_not_waited_for(tmp_path):
+    """Who commits is told, and says what went wrong on the other rank."""
+    store = Store(tmp_path / "c")
+    leads, other = Writer(store), Writer(store)
+    leads.write(about(), 0, (0, 1), b"", [], [], commits=True)
+    bad = np.array([object()], dtype=object)
+    other.write(about(), 1, (0, 1), b"", [bad], [], commits=False)
+    assert other.wait(LIMIT_S)
+    assert leads.wait(LIMIT_S)
+    (theirs,) = other.done()
+    (ours,) = leads.done()
+    assert theirs.error
+    assert theirs.error in ours.error
+    assert store.newest() is None
+    assert not list((tmp_path / "c").iterdir())
