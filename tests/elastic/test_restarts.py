@@ -21,7 +21,7 @@ from hpc_elastic.rundir import RunDirectory
 from ..afterwards import happened
 from ..launch import Job, hpc_elastic, until
 
-TURNS, EVERY = 160, 20
+TURNS, EVERY = 400, 20  # long enough for newcomers to come while others use the machine
 SCRIPT = """
 import sys, time
 import numpy as np
@@ -204,7 +204,7 @@ def test_everything_killed_while_checkpoints_are_written(request, tmp_path):
 
 
 def test_verify_and_checkpoint(start, tmp_path):
-    with start(turns=6 * TURNS) as job:
+    with start(turns=3 * TURNS) as job:
         run = under_way(tmp_path / "r")
         before = run.status().step
         with Job(hpc_elastic("checkpoint", "r", "--wait"), folder=tmp_path) as asking:
