@@ -75,8 +75,8 @@ def pids(run, ranks):
 
 @pytest.mark.parametrize("ranks", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_ranks_killed(ranks, start, check, tmp_path):
-    """The others go on at once, and replacements come."""
-    with start() as job:
+    """The others go on at once, and replacements come; the job waits for these, however busy the machine is."""
+    with start("--hold") as job:
         run = under_way(tmp_path / "r")
         for pid in pids(run, ranks):
             os.kill(pid, signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_a_stall_is_a_loss(start, check, tmp_path):
 def test_three_losses_at_a_step(start, tmp_path):
     """What is fatal again and again is the program's own doing."""
     fault = ";".join(["sum:kill:step=110:rank=1"] * 3)
-    with start(ranks=4, environ={FAULT_VARIABLE: fault}) as job:
+    with start("--hold", ranks=4, environ={FAULT_VARIABLE: fault}) as job:
         done = job.wait()
     assert done.code == 1
     failure = RunDirectory(tmp_path / "r").failure()
