@@ -62,9 +62,8 @@ def under_way(path):
 
 
 def signal_all(run, number):
-    for record in run.records():
-        if record.outcome == "member":
-            os.kill(record.member.pid, number)
+    for member in run.status().members:  # a newcomer's own record comes later
+        os.kill(member.pid, number)
 
 
 def resumed(run):
