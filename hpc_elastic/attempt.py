@@ -22,6 +22,7 @@ PIPES_S = 0.5  # and the launcher, to pass that on: it would wait for any child 
 SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
 LOOK_S = 1.0
 PROXY_S, HEADLESS_S = 0.25, 1.0
+WRITTEN_S = 0.5  # how long processes of a job that has ended may write
 
 
 def beats(folder: Path) -> dict[str, int]:
@@ -164,7 +165,8 @@ class Attempt:
         self._next_proxy = now + PROXY_S
         if _has_child(self.process.pid, self._proxy):
             self._headless_since = now
-        elif 0 < self._headless_since < now - HEADLESS_S:  # not one that is about to end
+        # Not one that is about to end; but while ranks run, what they print is lost.
+        elif 0 < self._headless_since < now - (HEADLESS_S if self._outlived or not self._ranks_run(0.0) else 0.0):
             self.process.kill()
 
     def _ranks_run(self, stall_s: float) -> bool:
@@ -222,13 +224,17 @@ class Attempt:
                 self._kill_ranks()
                 grace_s = SHORT_GRACE_S
         self._end(grace_s)
-        with contextlib.suppress(OSError):
-            self._run.sweep()
+        left: list[int] = []
         if thoroughly:
-            return leftovers.remove(self._run.path, self._begun)
-        leftovers.await_proxies(self._run.path)
-        leftovers.remove_shared_memory(self._begun)
-        return []
+            left = leftovers.remove(self._run.path, self._begun)
+        else:
+            leftovers.await_proxies(self._run.path)
+            leftovers.remove_shared_memory(self._begun)
+        with contextlib.suppress(OSError):
+            if self._run.rests():
+                leftovers.gone(self._run.path, 0.0 if thoroughly else WRITTEN_S)  # guards write to the end
+                self._run.sweep()
+        return left
 
 
 def lose(run: RunDirectory, why: str, kind: str = "lost") -> None:

@@ -5,7 +5,8 @@
 
 The newcomer is warm already, under its guard. This process brings it what the launcher gave it, the variables and the
 descriptor of the PMI session, and then stands for it towards the launcher until it has ended. If it ends before MPI_Init has
-returned, somebody stands in for it there, so that the leader's MPI_Comm_spawn (or MPI_Comm_accept) returns.
+returned, somebody stands in for it there, so that the leader's MPI_Comm_spawn (or MPI_Comm_accept) returns, or the leader is
+told how to end it.
 """
 
 import _socket
@@ -57,20 +58,36 @@ def main() -> None:
         except OSError:
             pass
         os._exit(0)
-    if answer[:1] == LEAVE or not answer:
-        os._exit(answer[1] if answer else 0)
+    if not answer:
+        tell_the_leader(path)
+        os._exit(0)
+    if answer[:1] == LEAVE:
+        os._exit(answer[1])
     stand_in(path)
+
+
+def tell_the_leader(path: str) -> bool:
+    """Let the leader give its call up, on Open MPI, where it can: it needs the name of the service that it waits for."""
+    port, stem = os.environ.get("OMPI_PARENT_PORT"), path.removesuffix(".sock")
+    if port is None:
+        return False
+    beside = os.path.join(os.path.dirname(stem), f".{os.path.basename(stem)}.parent.{os.getpid()}")
+    try:
+        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(port + ":connect")
+        os.rename(beside, stem + ".parent")
+    except OSError:
+        pass  # the run directory may be gone
+    return True
 
 
 def stand_in(path: str) -> None:
     """Take the newcomer's place in MPI_Init."""
     # The newcomer is gone, and MPI_Init had not returned. The leader's call ends only when somebody has come: be the one
-    # and leave again. Open MPI lets nobody in for a process that has come once: there, the leader's call ends with an error
-    # when a name that means nothing is published (MPI_Publish_name) for the service that this file names.
+    # and leave again. Open MPI lets nobody in for a process that has come once.
+    if tell_the_leader(path):
+        os._exit(0)
     stem = path.removesuffix(".sock")
-    if "OMPI_PARENT_PORT" in os.environ:
-        with open(stem + ".parent", "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(os.environ["OMPI_PARENT_PORT"] + ":connect")
     guard_py = os.path.join(os.path.dirname(os.path.abspath(__file__)), "guard.py")
     command = [sys.executable, "-c", STAND_IN, stem + ".port"]
     os.execv(sys.executable, [sys.executable, "-I", "-S", guard_py, "--stand-in", *command])  # noqa: S606

@@ -78,6 +78,16 @@ def remove(run: Path, since: float) -> list[int]:
     return left
 
 
+def gone(run: Path, within_s: float) -> bool:
+    """Wait until no process of `run` is left, at most `within_s` seconds; tell whether that is so."""
+    deadline = time.monotonic() + within_s
+    while there := bool(processes(run)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(LOOK_S)
+    return not there
+
+
 def await_proxies(run: Path) -> None:
     """Wait a moment until the launchers' own processes have ended, which a killed launcher leaves behind."""
     names = {vendor.proxy for vendor in VENDORS if vendor.proxy}

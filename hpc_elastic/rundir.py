@@ -333,15 +333,16 @@ class RunDirectory:
                 path.rename(folder / path.name)
         return number
 
-    def sweep(self) -> None:
-        """Remove what processes that were killed left: values half written, and sockets. Nobody may be writing."""
+    def rests(self) -> list[Path]:
+        """Return what processes that were killed leave: values half written, and sockets; some may still be in use."""
         folders = (self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*"))
-        for folder in folders:
-            for path in folder.glob(".*"):
-                if HALF_WRITTEN.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-        for socket in self.newcomers.glob("*.sock"):
-            socket.unlink(missing_ok=True)
+        found = [path for folder in folders for path in folder.glob(".*") if HALF_WRITTEN.fullmatch(path.name)]
+        return [*found, *self.newcomers.glob("*.sock")]
+
+    def sweep(self) -> None:
+        """Remove these; nobody may be writing."""
+        for path in self.rests():
+            path.unlink(missing_ok=True)
 
     # --- failure ---------------------------------------------------------------------------------------------------
 

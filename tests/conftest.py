@@ -14,3 +14,14 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers(config):  # noqa: ARG001  (the hook's signature)
     return side_by_side()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.getoption("fault_table")
+    if file is not None:
+        from .elastic import fault_table
+        from .elastic.test_faults import CELLS
+
+        reports = [report for kind in terminalreporter.stats.values() for report in kind]
+        order = [(cell.job, cell.stage, cell.role) for cell in CELLS]
+        fault_table.write(file, fault_table.gathered(reports), order)

@@ -55,13 +55,14 @@ class Spawn:
         return []
 
     def give_up(self, run: RunDirectory, member: int) -> bool:
-        """End the call where nobody can stand in, on Open MPI: by a name that means nothing, where it waits for another."""
+        """End the call where nobody can stand in, on Open MPI, by publishing what it waits for: who has come."""
         file = run.newcomers / f"{member}.parent"
         if not file.exists():
             return False
         service = file.read_text()
         file.unlink()
-        MPI.Publish_name(service, "given up")
+        # All ranks of somebody, without saying how many: an error that the call returns. Without the dot it would crash.
+        MPI.Publish_name(service, "nobody.*")
         return True
 
     def connect(self, run: RunDirectory, member: int) -> MPI.Intercomm:

@@ -7,13 +7,15 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from ..model import Member
 from ..rundir import RunDirectory
 
 BEATS_EVERY_S = 1.0
 GUARD_S = 5.0  # how long a condemned process of another host is waited for
+DEAF_S, DEAF_LOOKS = 1.0, 200  # how long, and how many looks, a rank waits for messages that it knows were sent
+DEAF_EVERY_S = 0.01  # pause between looks whether they were
 LEFT = ("retired", "parked", "cancelled", "ended")
 
 
@@ -157,6 +159,38 @@ class Liveness:
             if (here and not alive(member.pid)) or (not here and self._run.end_of(member.id) is not None):
                 gone.add(member.id)
         return frozenset(gone)
+
+
+class Deaf:
+    """Finds out that a process hears nothing, though it looks often enough, and others have sent it something.
+
+    Parameters
+    ----------
+    sent : callable
+        Tells whether one of the others has.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(self, sent: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._sent = sent
+        self._clock = clock
+        self._since = float("inf")
+        self._looks = 0
+        self._next_look = 0.0
+
+    def __call__(self, *, heard: bool) -> bool:
+        """Take note of one look, and whether it was in vain; tell whether this process is deaf."""
+        now = self._clock()
+        if heard:
+            self._since, self._looks = float("inf"), 0
+        elif self._since == float("inf"):
+            if now >= self._next_look:
+                self._next_look = now + DEAF_EVERY_S
+                self._since = now if self._sent() else self._since
+        else:
+            self._looks += 1  # one that was stopped itself has looked little
+        return now - self._since > DEAF_S and self._looks > DEAF_LOOKS
 
 
 def alive(pid: int) -> bool:

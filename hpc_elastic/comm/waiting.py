@@ -20,6 +20,7 @@ from .user import Mark
 T = TypeVar("T")
 
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
+BYTES_PER_S = 0.5e9  # and as long as messages of many bytes may take: MPICH moves a little of them with every poll
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
 LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
@@ -130,8 +131,10 @@ class Watch:
         with self._blocking(members), self.blame():
             yield
 
-    def until(self, done: Callable[[], bool], deadline_s: float | None = None, what: str = "") -> None:
-        """Return when `done()` is true.
+    def until(
+        self, done: Callable[[], bool], deadline_s: float | None = None, what: str = "", busy_s: float = YIELD_S
+    ) -> None:
+        """Return when `done()` is true. For `busy_s` seconds it is asked without pauses, then with pauses.
 
         Raises
         ------
@@ -143,7 +146,7 @@ class Watch:
         start = now = time.monotonic()
         next_check = start + CHECK_EVERY_S
         while not done():
-            if now - start < YIELD_S:
+            if now - start < busy_s:
                 os.sched_yield()
             else:
                 time.sleep(min(LONGEST_SLEEP_S, (now - start) / 50))
@@ -154,15 +157,27 @@ class Watch:
                 if deadline_s is not None and now - start > deadline_s:
                     raise MembershipError(f"waited {deadline_s:.0f} s for {what or 'the other ranks'}: given up")
 
-    def request(self, request: MPI.Request) -> None:
+    def request(self, request: MPI.Request, nbytes: int = 0) -> None:
         """Wait for one non-blocking operation."""
-        self.requests([request])
+        self.requests([request], nbytes)
 
-    def requests(self, requests: list[MPI.Request]) -> None:
-        """Wait for several non-blocking operations."""
+    def requests(self, requests: list[MPI.Request], nbytes: int = 0, look: Callable[[], None] | None = None) -> None:
+        """Wait for several non-blocking operations, by which this rank sends and receives `nbytes` bytes.
+
+        `look` is called when they are not yet done.
+        """
+
+        def done() -> bool:
+            if MPI.Request.Testall(requests):
+                return True
+            if look is not None:
+                look()
+            return False
+
+        busy_s = YIELD_S + nbytes / BYTES_PER_S
         try:
             with self.blame():
-                self.until(lambda: MPI.Request.Testall(requests))
+                self.until(done, busy_s=busy_s)
         except BaseException:
             _given_up.extend(requests)
             raise

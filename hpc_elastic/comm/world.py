@@ -13,14 +13,16 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ..model import Generation, Member, Move
+from .liveness import DEAF_S, Deaf
 from .messages import BRIDGE_TAG, Party
 from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import Lost, Watch, forsaken, limited
+from .waiting import LeftOut, Lost, Watch, forsaken, limited
 
 T = TypeVar("T")
 Array = NDArray[np.generic]
-MOVE_TAG = 20
+MOVE_TAG, GREETING_TAG = 20, 21
+LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
 LONGEST_FINALIZE_S = 30
 
 
@@ -134,7 +136,8 @@ class World:
     def fill(self, array: Array, root: int = 0) -> None:
         """Broadcast the contiguous `array` of rank `root` into that of all others."""
         if self.size > 1:
-            self.watch.request(self.comm.Ibcast([array.view(np.uint8).reshape(-1), MPI.BYTE], root=root))
+            self.meet(array.nbytes)
+            self.watch.request(self.comm.Ibcast([array.view(np.uint8).reshape(-1), MPI.BYTE], root=root), array.nbytes)
 
     def tell(self, data: bytes | None, root: int = 0) -> bytes:
         """Broadcast `data` of rank `root` and return it."""
@@ -158,8 +161,10 @@ class World:
 
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
         """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
+        self.meet(out.nbytes)
         self.watch.request(
-            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE])
+            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE]),
+            out.nbytes,
         )
 
     def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
@@ -173,7 +178,12 @@ class World:
             [_bytes(out), _scaled(out_others, out.itemsize), _scaled(taken[:-1].tolist(), out.itemsize), MPI.BYTE],
         )
         out.reshape(-1)[taken[me] : taken[me + 1]] = mine.reshape(-1)[given[me] : given[me + 1]]
-        self.watch.request(request)
+        self.watch.request(request, mine.nbytes + out.nbytes)
+
+    def meet(self, nbytes: int) -> None:
+        """Wait for all ranks, with pauses, if what follows moves as much as `nbytes`, which all give alike."""
+        if nbytes >= LARGE_BYTES:
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -184,7 +194,7 @@ class World:
         """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
         requests = [self.comm.Irecv([_bytes(array), MPI.BYTE], source=m.source, tag=MOVE_TAG) for m, array in receives]
         requests += [self.comm.Isend([_bytes(array), MPI.BYTE], dest=m.target, tag=MOVE_TAG) for m, array in sends]
-        self.watch.requests(requests)
+        self.watch.requests(requests, sum(array.nbytes for _, array in (*receives, *sends)))
 
     # --- the next generation ------------------------------------------------------------------------------------------
 
@@ -219,8 +229,13 @@ class World:
         members = tuple(m for r, m in enumerate(self.generation.members) if r not in leavers)
         return World(MPI.Intracomm(kept), Generation(self.generation.number, members), self.watch)
 
-    def rebuild(self, survivors: Sequence[int], generation: Generation, tag: int) -> World:
-        """Return the world of the ranks `survivors`, as `generation`. Collective over them; this one stays as it is."""
+    def rebuild(
+        self, survivors: Sequence[int], generation: Generation, tag: int, sent: Callable[[], bool] = lambda: True
+    ) -> World:
+        """Return the world of the ranks `survivors`, as `generation`. Collective over them; this one stays as it is.
+
+        `sent` is called when this rank has sent a word to the others, and tells whether one of them has.
+        """
 
         def rebuilt() -> MPI.Comm:
             if vendor().shrinks:
@@ -230,11 +245,38 @@ class World:
             # Not freed are the old communicators: some of their messages will never come.
             return self.comm.Create_group(self.comm.group.Incl(survivors), tag)
 
+        if not vendor().shrinks:
+            self._greet(survivors, tag, sent)
         comm = together(self.watch, generation.members, rebuilt)
         world = World(MPI.Intracomm(comm), generation, self.watch)
         if world.size != len(survivors):
             raise Lost
         return world
+
+    def _greet(self, survivors: Sequence[int], tag: int, sent: Callable[[], bool]) -> None:
+        """Exchange a word with each of the other `survivors` of loss number `tag`, and see that it came.
+
+        So they are connected before the call that brings them together, which can't be left. And one may be deaf: all write
+        into one queue in its memory, and if one is killed while it writes, nothing behind that can be read any more. A deaf
+        rank ends itself, and the others go on without it.
+
+        Raises
+        ------
+        LeftOut
+            If this rank is deaf.
+        """
+        others = [rank for rank in survivors if rank != self.rank]
+        words = np.full(len(others) + 1, tag, np.int64)  # one to give, the others to take
+        received = [self.comm.Irecv(words[i : i + 1], rank, GREETING_TAG) for i, rank in enumerate(others, 1)]
+        requests = [*received, *(self.comm.Isend(words[:1], rank, GREETING_TAG) for rank in others)]
+        sent()
+        deaf = Deaf(sent)
+
+        def look() -> None:
+            if deaf(heard=any(request.Test() for request in received)):
+                raise LeftOut(f"it heard nothing of what others sent it within {DEAF_S:.0f} s after a loss")
+
+        self.watch.requests(requests, look=look)
 
     def close_user(self) -> None:
         """Free the user's communicator."""

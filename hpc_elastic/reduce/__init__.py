@@ -29,6 +29,8 @@ class Ranks(Protocol):
 
     def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None: ...
 
+    def meet(self, nbytes: int) -> None: ...
+
 
 class Form:
     """How a structure of arrays lies in one flat buffer a dtype; metrics lie behind the float64 ones."""
@@ -180,6 +182,7 @@ class Sum:
         if together:
             ranks.all_parts(_joined(mine, dtype), parts, counts)
         else:
+            ranks.meet(length * dtype.itemsize)
             pieces = [values[start:stop] for start, stop in cuts for values in mine]
             ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
         tree: TreeSum[Array] = TreeSum(lambda left, right: np.add(left, right, out=left))

@@ -15,7 +15,7 @@ from ..policy import bounded, check, give_back, leaving, newcomers
 from .inbox import Inbox
 from .keeping import Keeping
 from .plan import Office, Plan
-from .reports import Here, Reports
+from .reports import Here, Reports, await_ends
 from .underway import Invitations, UnderWay, make_plan
 
 if TYPE_CHECKING:
@@ -275,6 +275,7 @@ class Leader:
     def lost(self, verdict: Verdict, here: Here, seconds: dict[str, float], *, rolled_back: bool) -> None:
         """Take note of a loss, and of the resize that was rolled back for it. Called on the leader of the new generation."""
         way, self._committing = self._committing, None
+        await_ends(self.session.run, (*verdict.lost, *verdict.dismissed))
         if rolled_back and way is not None:
             reasons = [self.how(member) for member in verdict.dismissed]
             self._back_off(way)

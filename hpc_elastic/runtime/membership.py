@@ -281,7 +281,7 @@ class Membership:
         if self.leader is not None or verdict.survivors[0].id == self.member.id:
             send_away(verdict.dismissed, self.session.run)
         survivors = ranks_of(base.generation.members, verdict.survivors)
-        world = self._fresh = base.rebuild(survivors, generation_after(verdict), self.vigil.losses)
+        world = self._fresh = base.rebuild(survivors, generation_after(verdict), self.vigil.losses, self.vigil.greeted)
         world.open_user()
         world.barrier()  # who is past it knows that all others have the new world
         self.world, self._fresh, self.door = world, None, None

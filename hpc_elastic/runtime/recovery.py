@@ -21,7 +21,7 @@ from ..errors import JobError, LostRank
 from ..model import Generation, Member
 from ..rundir import RunDirectory
 from .agreement import Account, Verdict, awaited, judge
-from .reports import Here
+from .reports import Here, await_ends
 from .vigil import Vigil
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def needs_all(here: Here) -> str:
 def names(run: RunDirectory, verdict: Verdict) -> str:
     """Return who was lost and how, for people."""
     said = []
+    await_ends(run, verdict.lost)
     for member in verdict.lost:
         end = run.end_of(member.id)
         said.append(f"process {member.id} (pid {member.pid} on {member.host}) {end.how() if end else 'was lost'}")

@@ -14,12 +14,29 @@ from ..rundir import Status
 from .session import peak_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from ..comm.world import World
-    from ..model import Cursor
+    from ..model import Cursor, Member
     from ..redistribute import DistributedArray
+    from ..rundir import RunDirectory
     from .agreement import Verdict
     from .plan import Office, Plan, Tally
     from .session import Session
+
+RECORDED_S, LOOK_S = 0.1, 0.002
+
+
+def await_ends(
+    run: RunDirectory,
+    members: Collection[Member],
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until the guards of `members`, which are lost, have recorded how they ended; for a moment only."""
+    deadline = clock() + RECORDED_S
+    while any(run.end_of(member.id) is None for member in members) and clock() < deadline:
+        pause(LOOK_S)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ class Vigil:
         """Return the folder where the survivors of the next loss meet."""
         return self._session.run.path / "losses" / str(self.losses)
 
+    def greeted(self) -> bool:
+        """Say that this process has sent a word to the other survivors of the last loss; tell whether one of them has."""
+        folder = self._session.run.path / "losses" / str(self.losses - 1)
+        with contextlib.suppress(OSError):  # without a word from here nobody is taken for deaf
+            (folder / f"{self.me.id}.greeted").touch(mode=0o600)
+        return len(list(folder.glob("*.greeted"))) > 1
+
     def check(self) -> None:
         """Raise what the job failed with, or `Lost` if a process is lost or others have said so."""
         self._session.check()

@@ -5,20 +5,20 @@ All of them are tested with ``--all-faults``, some otherwise; ``--fault-table FI
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from hpc_elastic import events
-from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.config import FAULT_VARIABLE
 from hpc_elastic.faults import STAGES
 
 from ..afterwards import AS_EVER, BEGAN_AGAIN, DROPPED, RESTARTED, ROLLED_BACK, WENT_ON, check_ledger, happened, outcome
 from ..launch import SCRIPTS, Job, hpc_elastic
 from ..shards import SAMPLES
+from . import fault_table
+from .fault_table import ACTIONS
 
 EPOCHS, PAUSE_S = 4, 0.01
 SIZE, TURNS = 33, 64
@@ -27,7 +27,6 @@ GROWS, SHRINKS, LED_AWAY, REPLACES = "3:3,30:4", "3:3,30:2-1", "3:3,30:2-0", "3:
 WHO = {"leader": "gen=1:role=leader", "other": "gen=1:rank=2", "newcomer": "member=3", "leaver": "gen=1:rank=1"}
 POINT = "point:kill:gen=1:rank=1:step=20;"
 LOSS = "sum:kill:gen=1:rank=1:step=20;"
-ACTIONS = ("kill", "stop", "delay")
 
 
 @dataclass(frozen=True)
@@ -154,17 +153,7 @@ def static(scripts, tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def found(request):
-    """What happened, by stage, role and action; written into the table in the end."""
-    happenings: dict[tuple[str, str, str], str] = {}
-    yield happenings
-    file = request.config.getoption("fault_table")
-    if file is not None:
-        write_table(file, happenings)
-
-
-def test_fault(cell, action, scripts, static, found, tmp_path):
+def test_fault(cell, action, scripts, static, tmp_path, record_property):
     run = tmp_path / "r"
     settings = {"ledger": "true", "stall_s": STALL_S, "deadline_s": 20, "checkpoint_steps": 5}
     options = [
@@ -179,7 +168,8 @@ def test_fault(cell, action, scripts, static, found, tmp_path):
     happening = run / "faults" / ("1" if cell.before else "0")
     assert happening.exists(), "the stage was not passed"
     came, seconds = outcome(run), seconds_from(happening.stat().st_mtime, run)
-    found[cell.stage, cell.role, action] = came if came == AS_EVER else f"{came}, {seconds:.2f} s"
+    said = came if came == AS_EVER else f"{came}, {seconds:.2f} s"
+    record_property(fault_table.PROPERTY, (cell.job, cell.stage, cell.role, action, said))
     assert done.value("sha256") == static[cell.job]
     if cell.job == "softmax":
         check_ledger(run, EPOCHS, SAMPLES)
@@ -198,18 +188,3 @@ def seconds_from(moment: float, run: Path) -> float:
     kinds = (events.Lost, events.Refused, events.Resumed, events.Rewound)
     ends = [event.time for kind in kinds for event in happened(run, kind)]
     return min((end - moment for end in ends if end > moment), default=0.0)
-
-
-def write_table(file: Path, found: dict[tuple[str, str, str], str]) -> None:
-    """Write what was `found` into the section of this MPI in the Markdown file `file`."""
-    title = f"## {find_mpiexec()[1].title}"
-    rows = [f"| {stage} | {role} | " for stage, role in dict.fromkeys(key[:2] for key in found)]
-    rows = [
-        f"| {stage} | {role} | " + " | ".join(found.get((stage, role, action), "not tested") for action in ACTIONS) + " |"
-        for stage, role in dict.fromkeys(key[:2] for key in found)
-    ]
-    section = "\n".join([title, "", f"| stage | role | {' | '.join(ACTIONS)} |", "|---|---|---|---|---|", *rows, ""])
-    text = file.read_text() if file.exists() else "# Faults\n"
-    before, *others = re.split(r"\n(?=## )", text.rstrip("\n") + "\n")
-    kept = [other for other in others if not other.startswith(title + "\n")]
-    file.write_text("\n".join([before, *sorted([*kept, section])]))

@@ -8,18 +8,20 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpc_elastic import events
 from hpc_elastic.checkpoint import Store
+from hpc_elastic.comm.vendor import LAUNCHERS_FILES, find_mpiexec
 from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import happened
 from ..launch import Job, hpc_elastic, until
 
-TURNS, EVERY = 160, 20
+TURNS, EVERY = 400, 20  # long enough for newcomers to come while others use the machine
 SCRIPT = """
 import sys, time
 import numpy as np
@@ -60,9 +62,8 @@ def under_way(path):
 
 
 def signal_all(run, number):
-    for record in run.records():
-        if record.outcome == "member":
-            os.kill(record.member.pid, number)
+    for member in run.status().members:  # a newcomer's own record comes later
+        os.kill(member.pid, number)
 
 
 def resumed(run):
@@ -84,6 +85,30 @@ def test_all_ranks_at_once(number, options, start, tmp_path):
     assert event.attempt == 2
     assert resumed(run).step <= event.step + 1
     assert run.status().state == "ended"
+
+
+@pytest.mark.parametrize("killed", ["proxy", "launcher", "both"])
+def test_launcher_in_pieces(killed, start, tmp_path):
+    """A launcher without the process that it works through would stay for ever; one that is killed leaves a file."""
+    proxy = find_mpiexec()[1].proxy
+    if not proxy:
+        pytest.skip("this launcher has no such process")
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in job.left()}
+        proxies = {pid for pid, name in names.items() if name == proxy[:15]}
+        launchers = {pid for pid, name in names.items() if name.startswith("mpiexec")}
+        opened = {path.readlink() for pid in proxies for path in Path(f"/proc/{pid}/fd").iterdir()}
+        files = [path for path in opened if path.parent == LAUNCHERS_FILES]
+        for pid in {"proxy": proxies, "launcher": launchers, "both": launchers | proxies}[killed]:
+            os.kill(pid, signal.SIGKILL)
+        done = job.wait()
+    assert proxies
+    assert launchers
+    assert done.code == 0, done.err
+    assert done.value("sum") == SUM
+    assert len(happened(run.path, events.Restarted)) == 1
+    assert not [path for path in files if path.exists()]
 
 
 def test_stop_and_resume(start, tmp_path):
@@ -109,14 +134,14 @@ def test_stop_and_resume(start, tmp_path):
 
 def test_supervisor_that_is_killed(start, tmp_path):
     """Its job lives on, but the run is resumed all the same: what is left of it is ended first."""
-    with start() as job:
+    with start(turns=3 * TURNS) as job:
         run = under_way(tmp_path / "r")
         job.process.kill()
         job.process.wait()
         with Job(hpc_elastic("resume", "r"), folder=tmp_path) as second:
             done = second.wait()
         assert done.code == 0, done.err
-        assert done.value("sum") == SUM
+        assert done.value("sum") == str(sum(range(3 * TURNS)))
         resumed(run)
         until(lambda: not job.left())
 
@@ -178,7 +203,7 @@ def test_everything_killed_while_checkpoints_are_written(request, tmp_path):
 
 
 def test_verify_and_checkpoint(start, tmp_path):
-    with start(turns=6 * TURNS) as job:
+    with start(turns=3 * TURNS) as job:
         run = under_way(tmp_path / "r")
         before = run.status().step
         with Job(hpc_elastic("checkpoint", "r", "--wait"), folder=tmp_path) as asking:

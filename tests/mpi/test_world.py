@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from hpc_elastic.comm.user import UserComm
-from hpc_elastic.comm.waiting import Watch
-from hpc_elastic.comm.world import vendor
+from hpc_elastic.comm.waiting import LeftOut, Watch
+from hpc_elastic.comm.world import LARGE_BYTES, vendor
 from hpc_elastic.model import Generation, Move
 from hpc_elastic.partition import block
 from hpc_elastic.redistribute import DistributedArray
 from hpc_elastic.reduce import SMALL_BYTES, Sum
 from hpc_elastic.state import Registry
 
-SIZES = [1, 7, SMALL_BYTES // 4, 100_003]
+SIZES = [1, 7, SMALL_BYTES // 4, 100_003, LARGE_BYTES // 4 + 1]
 
 
 def test_tell(world):
@@ -132,6 +132,19 @@ def test_survivors_come_together(world):
         assert (rebuilt.rank, rebuilt.size) == (world.rank, len(survivors))
         assert rebuilt.gather_all(bytes([rebuilt.rank])) == [bytes([rank]) for rank in survivors]
         rebuilt.close()
+    world.barrier()
+
+
+def test_a_deaf_survivor_ends_itself(world):
+    """It does not hear what it knows was sent: here since the other one says so before it has sent anything."""
+    if world.size == 1 or vendor().shrinks:
+        pytest.skip("needs two ranks, and MPICH")
+    if world.rank == 1:
+        with pytest.raises(LeftOut, match="heard nothing of what others sent it"):
+            world._greet([0, 1], 7, lambda: True)
+    world.barrier()
+    if world.rank == 0:
+        world._greet([0, 1], 7, lambda: True)
     world.barrier()
 
 

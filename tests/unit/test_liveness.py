@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_elastic.comm.liveness import Beats, Liveness
+from hpc_elastic.comm.liveness import DEAF_LOOKS, DEAF_S, Beats, Deaf, Liveness
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import End, RankRecord, RunDirectory
 
@@ -144,3 +144,33 @@ def test_beats(run):
     assert beats.stalled(1)
     os.utime(run.beat_file(1))
     assert not beats.stalled(1)
+
+
+# --- who hears nothing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("looks", [DEAF_LOOKS // 2, 2 * DEAF_LOOKS])
+def test_deaf_is_who_looks_often_in_vain_for_what_was_sent(sent, heard, looks):
+    now = 0.0
+    deaf = Deaf(lambda: sent, lambda: now)
+    found = False
+    for _ in range(looks):
+        found = deaf(heard=heard)
+        now += 2 * DEAF_S / looks
+    assert found == (sent and not heard and looks > DEAF_LOOKS)
+
+
+def test_the_time_counts_from_when_it_was_sent():
+    now, sent = 0.0, False
+    deaf = Deaf(lambda: sent, lambda: now)
+    for _ in range(4 * DEAF_LOOKS):
+        now += DEAF_S / DEAF_LOOKS
+        assert not deaf(heard=False)
+    sent = True
+    assert not deaf(heard=False)
+    while not deaf(heard=False):
+        now += DEAF_S / DEAF_LOOKS
+        assert now < 6 * DEAF_S
+    assert now > 5 * DEAF_S

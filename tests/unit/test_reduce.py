@@ -58,6 +58,9 @@ class FakeRanks:
         self.world.barrier.wait()
         return board
 
+    def meet(self, nbytes):
+        assert set(self._meet(nbytes)) == {nbytes}, "ranks that don't agree would wait for each other"
+
     def all_parts(self, mine, out, counts):
         assert mine.size == counts[self.rank]
         assert out.size == sum(counts)

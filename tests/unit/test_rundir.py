@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 import time
@@ -341,6 +342,29 @@ def test_requests_come_in_the_order_of_their_asking(run, monkeypatch):
     assert len(set(names)) == 3
     assert [request for _, request in run.requests()] == [Request("resize", ranks) for ranks in (1, 2, 3)]
     assert {name for name, _ in run.requests()} == set(names)
+
+
+def test_what_killed_processes_leave_is_swept(run):
+    """Values half written, wherever they are, and sockets of guards; what is whole stays."""
+    meeting = run.path / "losses" / "3"
+    meeting.mkdir()
+    whole = [run.path / "ranks" / "0.json", meeting / "0.json", meeting / "1.greeted", run.newcomers / "1.parent"]
+    rests = [
+        run.path / ".status.json.0123abcd",
+        run.path / "ranks" / ".0.end.json.4711",
+        run.newcomers / ".1.parent.4711",
+        meeting / ".0.json.0123abcd",
+        meeting / ".verdict.0123456789abcdef",
+        meeting / "..verdict.0123456789abcdef.0123abcd",
+    ]
+    for path in (*whole, *rests):
+        path.touch()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(run.newcomers / "1.sock"))
+    assert set(run.rests()) == {*rests, run.newcomers / "1.sock"}
+    run.sweep()
+    assert run.rests() == []
+    assert all(path.exists() for path in whole)
 
 
 def test_a_request_half_written_is_not_seen(run):

@@ -478,6 +478,7 @@ def test_a_zombie_is_not_left_over(tmp_path):
     child.kill()
     until(lambda: "Z" in Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1])
     assert leftovers.processes(run.path) == []
+    assert leftovers.gone(run.path, 0.0)
     child.wait()
     child.stdout.close()
 
