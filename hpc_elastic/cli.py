@@ -37,6 +37,7 @@ from .control import (
 from .errors import ConfigError, RunDirectoryError
 from .model import Request
 from .rundir import RunDirectory
+from .submit import submit
 
 app = typer.Typer(
     help="Elastic MPI jobs: ranks come and go while the job runs, and the bits stay the same.",
@@ -82,7 +83,7 @@ def run(
     maximum: Maximum = None,
     ranks: Ranks = None,
     slots: Slots = None,
-    policy: Annotated[str | None, typer.Option(help="manual, fixed or timetable.")] = None,
+    policy: Annotated[str | None, typer.Option(help="manual, fixed, timetable, considerate, greedy.")] = None,
     timetable: Annotated[str | None, typer.Option(help="Sizes by step, see the last example.")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches a step: fixes the bits.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the samples' order.")] = None,
@@ -124,6 +125,9 @@ def run(
         supervisor = Supervisor.start(script, arguments or [], given, module=module)
         typer.echo(f"run directory {supervisor.run.path}", err=True)
         raise typer.Exit(supervisor.go())
+
+
+app.command(context_settings={"allow_interspersed_args": False}, no_args_is_help=True)(submit)
 
 
 @app.command()

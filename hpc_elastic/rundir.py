@@ -147,6 +147,16 @@ def checkpoint_folder(config: Config, run_path: Path) -> Path:
     return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"
 
 
+def unused_below(parent: Path, name: str) -> Path:
+    """Return the path of a new run directory below `parent`: `name` with the time of day."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1000):
+        path = parent / (f"{stem}-{attempt}" if attempt else stem)
+        if not path.exists():
+            return path
+    raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
+
+
 def companion_file(run_path: Path, companion: int, kind: str) -> Path:
     """Return where the agent of a companion says something: see `hpc_elastic.agent`."""
     return run_path / "companions" / f"{companion}.{kind}"
@@ -200,13 +210,8 @@ class RunDirectory:
 
     @classmethod
     def create_below(cls, parent: Path, name: str) -> RunDirectory:
-        """Make a run directory with a name of its own below `parent`: `name` with the time of day."""
-        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for attempt in range(1000):
-            path = parent / (f"{stem}-{attempt}" if attempt else stem)
-            if not path.exists():
-                return cls.create(path)
-        raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
+        """Make a run directory with a name of its own below `parent`."""
+        return cls.create(unused_below(parent, name))
 
     # --- values in files -------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def test_a_loop_without_arrays(start, tmp_path):
 
 
 def test_in_a_call_of_the_users_own(start, tmp_path):
-    """Open MPI ends the call, and the job begins again in place. On MPICH nothing can, and the job restarts."""
+    """Open MPI ends the call, and the job begins again in place. On MPICH nothing can, and a rank that is in it ends itself."""
     (tmp_path / "loop.py").write_text(LOOP.format(deed="job.comm.barrier()"))
     with start(script="loop.py") as job:
         run = copied(tmp_path / "r", 3)
@@ -163,7 +163,7 @@ def test_in_a_call_of_the_users_own(start, tmp_path):
     if find_mpiexec()[1].shrinks:
         assert happened(run.path, events.Rewound)
     else:
-        assert happened(run.path, events.Restarted)
+        assert happened(run.path, events.Restarted) or happened(run.path, events.Rewound)
 
 
 def test_restart_if_that_is_wanted(start, static, tmp_path):

@@ -78,7 +78,7 @@ def sizes(table: Timetable) -> list[int]:
 def test_nobody_waits(shards, static, tmp_path):
     """Without hold, the members step on while newcomers warm up, and the bits are the same."""
     options = ["--run-dir", "r", "--slots", 4, "--timetable", "3:3,30:2-0", "--set", "ledger=true"]
-    script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", "0.05", "--warm", "0.5"]
+    script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", "0.2", "--warm", "0.5"]
     with Job(hpc_elastic("run", *options, *script), folder=tmp_path) as job:
         done = job.wait()
     assert done.code == 0, done.err

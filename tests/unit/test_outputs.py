@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_elastic.outputs import Outputs
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.binary(max_size=12)), max_size=12))
 def test_everything_once_and_in_order(tmp_path_factory, pieces):
     folder, to = tmp_path_factory.mktemp("companions"), io.BytesIO()
