@@ -8,6 +8,8 @@ WORKERS ?= auto
 ROUNDS ?= 15
 SEED ?= 1
 JOBS ?= 2
+SLURM_WORKERS ?= 3
+SLURM_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge iproute2
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 READY := $(VENV)/.ready
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo test chaos test-mpi bench check clean
+.PHONY: help setup demo test chaos test-slurm slurm-packages test-mpi bench check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -38,8 +40,16 @@ $(READY): pyproject.toml
 demo: setup  ## the main job: train while ranks come and go, and compare with one static rank
 	$(BIN)/python -m jobs.image.demo
 
-test: setup  ## all tests, some of them side by side
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+test: setup  ## all tests but those on a Slurm cluster, some of them side by side
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm
+
+test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machine (root)
+	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm
+
+slurm-packages:
+	@command -v slurmctld slurmd munged srun ip >/dev/null || { \
+	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; }; \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(SLURM_PACKAGES); }
 
 chaos: setup  ## random troubles at a real job, ROUNDS of them from SEED on, JOBS at a time
 	$(BIN)/python -m tests.chaos --mpi $(MPI) --rounds $(ROUNDS) --seed $(SEED) --jobs $(JOBS)

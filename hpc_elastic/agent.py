@@ -170,7 +170,6 @@ class Agent:
                 guard.kill()
         if self.sentinel is not None:
             self.sentinel.terminate()
-        print(f"hpc_elastic: companion {self.number} ends: {why}", flush=True)
         try:
             self.put("end", why)
         except OSError:

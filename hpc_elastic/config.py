@@ -37,17 +37,27 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ranks : int
         Ranks to have from the start on (policies ``manual`` and ``fixed``).
     policy : str
-        ``manual`` (on request), ``fixed`` (keep ``ranks``) or ``timetable``.
+        ``manual`` (on request), ``fixed`` (keep ``ranks``), ``timetable``, ``greedy`` (take all there is) or ``considerate``
+        (the same, but on Slurm nothing that a pending job could start with). ``auto`` is ``considerate`` with the broker
+        ``slurm``, else ``manual``.
     timetable : str
         For the policy of that name: ``"20:3,40:2-0"`` is 3 ranks from step 20 on, then 2 from step 40 on, rank 0 leaving.
     broker : str
-        ``local`` (this machine) or ``script`` (a timetable of slots).
+        ``local`` (this machine), ``script`` (a timetable of slots) or ``slurm`` (this host, and idle nodes of the cluster).
     supply : str
         For the broker ``script``: ``"0:1,20:3"`` is 1 slot at first and 3 from step 20 on.
     slots : int
         Slots of the broker ``local``. 0 counts the cores that this process may use.
     cores_per_rank, gpus_per_rank : int
         What a slot of the broker ``local`` holds.
+    ranks_per_node : int
+        With the broker ``slurm``: ranks on each node.
+    patience_s : float
+        With the broker ``slurm``: seconds that a node which was asked for is waited for.
+    node_hours : float
+        With the broker ``slurm``: node-hours that may be used besides the job's own allocation; 0 for no limit.
+    slurm_options : str
+        With the broker ``slurm``: further options of sbatch for the nodes that are asked for.
     microbatches : int
         Number L of microbatches in a step: it fixes the order of the sum, and no more than L ranks can share a step.
     seed : int
@@ -60,6 +70,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Seconds until a resize under way is given up.
     arrival : str
         ``spawn`` (newcomers start under the job's own launcher) or ``join`` (each under a launcher of its own; MPICH only).
+        ``auto`` is ``join`` with the broker ``slurm``, else ``spawn``.
     stall_s : float
         Seconds without a sign of life after which a rank counts as lost.
     recovery : str
@@ -88,19 +99,23 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_ranks: int = 1
     max_ranks: int = 0
     ranks: int = 1
-    policy: Literal["manual", "fixed", "timetable"] = "manual"
+    policy: Literal["auto", "manual", "fixed", "timetable", "considerate", "greedy"] = "auto"
     timetable: str = ""
-    broker: Literal["local", "script"] = "local"
+    broker: Literal["local", "script", "slurm"] = "local"
     supply: str = ""
     slots: int = 0
     cores_per_rank: int = 1
     gpus_per_rank: int = 0
+    ranks_per_node: int = 1
+    patience_s: float = 10.0
+    node_hours: float = 0.0
+    slurm_options: str = ""
     microbatches: int = 16
     seed: int = 0
     hold: bool = False
     ledger: bool = False
     deadline_s: float = 600.0
-    arrival: Literal["spawn", "join"] = "spawn"
+    arrival: Literal["auto", "spawn", "join"] = "auto"
     stall_s: float = 30.0
     recovery: Literal["memory", "checkpoint", "restart"] = "memory"
     copy_s: float = 10.0
@@ -113,9 +128,21 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run_dir: str = ""
     progress: Literal["auto", "plain", "off"] = "auto"
 
+    @property
+    def joins(self) -> bool:
+        """True if each newcomer has a launcher of its own."""
+        return self.arrival == "join" or (self.arrival == "auto" and self.broker == "slurm")
+
+    @property
+    def decides(self) -> str:
+        """The policy, which may depend on the broker."""
+        if self.policy != "auto":
+            return self.policy
+        return "considerate" if self.broker == "slurm" else "manual"
+
     def check(self) -> None:  # noqa: C901, PLR0912  (a list of contradictions)
         """Raise `ConfigError` where settings contradict each other."""
-        for name in ("min", "ranks", "microbatches", "cores_per_rank", "checkpoints_kept"):
+        for name in ("min", "ranks", "microbatches", "cores_per_rank", "checkpoints_kept", "ranks_per_node"):
             value = getattr(self, "min_ranks" if name == "min" else name)
             if value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1")
@@ -123,12 +150,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigError(f"seed = {self.seed}: must be below 2**63")
         for name in (
             *("max", "slots", "gpus_per_rank", "seed"),
-            *("restarts", "checkpoint_steps", "checkpoint_s", "time_limit_s"),
+            *("restarts", "checkpoint_steps", "checkpoint_s", "time_limit_s", "node_hours"),
         ):
             value = getattr(self, "max_ranks" if name == "max" else name)
             if not value >= 0:  # NaN is not, either
                 raise ConfigError(f"{name} = {value}: must not be negative")
-        for name in ("deadline_s", "stall_s", "copy_s"):
+        for name in ("deadline_s", "stall_s", "copy_s", "patience_s"):
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"{name} = {value}: must be positive")

@@ -9,6 +9,10 @@
     ├── StepError              a step was used against its order (a microbatch not added, added twice)
     ├── ArrayError             a distributed array was used wrongly
     ├── ResizeRefused          a resize can't be done, and why
+    ├── SlurmError             Slurm was asked or told something without success
+    │   ├── SlurmMissing       no commands of Slurm, or no configuration of a cluster
+    │   ├── SlurmUnreachable   slurmctld or munge is down or too slow: worth another try
+    │   └── SlurmRefused       Slurm said no (partition, account, QOS, limits, no nodes in time)
     └── JobError               the job can't go on; every rank raises the same
         ├── RankError          user code raised on one rank
         ├── LostRank           a rank died or stalled where the job can't go on without it
@@ -57,6 +61,25 @@ class ArrayError(ElasticError):
 
 class ResizeRefused(ElasticError):  # noqa: N818  (an answer more than an error)
     """A resize can't be done; the message gives the reason."""
+
+
+class SlurmError(ElasticError):
+    """Slurm was asked or told something, without success."""
+
+
+class SlurmMissing(SlurmError):  # noqa: N818  (what is the matter)
+    """There are no commands of Slurm here, or no configuration of a cluster."""
+
+
+class SlurmUnreachable(SlurmError):  # noqa: N818  (what is the matter)
+    """slurmctld or munge is down, or didn't answer in time. It is worth another try later.
+
+    What was told may have been done all the same: only the answer is known to be missing.
+    """
+
+
+class SlurmRefused(SlurmError):  # noqa: N818  (an answer more than an error)
+    """Slurm said no; the message has its words and what to do about it."""
 
 
 class JobError(ElasticError):

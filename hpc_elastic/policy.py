@@ -74,6 +74,17 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Eager:
+    """Takes what is offered, and gives back what is taken back."""
+
+    def decide(self, seen: Observation) -> Resize | None:
+        """Return the resize to all that can be had, or None."""
+        if (back := give_back(seen)) is not None or not seen.supply.offered:
+            return back
+        return bounded(seen, min(seen.ranks + seen.supply.offered, seen.max_ranks), seen.supply.why or "there is room")
+
+
+@dataclass(frozen=True)
 class Entry:
     """From `step` on there are `ranks` ranks; `leavers` are among those that leave for it."""
 

@@ -21,6 +21,7 @@ from .errors import CheckpointError, LaunchError, RunDirectoryError
 from .interrupts import Interrupts
 from .leftovers import HOST
 from .model import Request
+from .outputs import Outputs
 from .progress import Progress
 from .restarts import Setback, account, wait_s, why_not
 from .rundir import End, Failure, RunDirectory, Status, checkpoint_folder
@@ -46,6 +47,7 @@ class Supervisor:
 
     def __init__(self, prepared: launching.Prepared, *, new: bool) -> None:
         self.run, self.launch, self._lock, self.mpiexec, self.vendor = prepared
+        self._outputs = Outputs(self.run.path / "companions", sys.stdout.buffer)
         self.config = build(self.launch.settings)
         self._new = new
         self._began = time.time()
@@ -127,7 +129,7 @@ class Supervisor:
         environ[RUN_VARIABLE] = str(self.run.path)
         environ[SUPERVISED_VARIABLE] = str(self._began)  # a time limit counts from here, over all restarts
         try:
-            outlived = self.config.arrival == "join"
+            outlived = self.config.joins
             attempt = Attempt(
                 self.run,
                 self.command(),
@@ -143,6 +145,9 @@ class Supervisor:
             self._watch(attempt)
             well = self._ended_well()
         finally:
+            if well:
+                self._outputs.finish()
+            self._outputs.relay(all_of_it=True)
             left = attempt.clean(thoroughly=not well or attempt.lingers)
             if not well:
                 self._clean_checkpoints()
@@ -156,6 +161,7 @@ class Supervisor:
         over = False
         while not over and not self._heed():
             self._show()
+            self._outputs.relay()
             try:
                 over = attempt.over(self.config.stall_s, self.config.deadline_s, well=self._ended_well())
             except RunDirectoryError:  # it can be on a file system that has a bad moment

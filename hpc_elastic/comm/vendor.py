@@ -75,7 +75,8 @@ VENDORS = (
             # UCX's TCP writes into buffers by offset; an answer from one that has died in between crashes the survivor.
             "UCX_TCP_PUT_ENABLE": "n",
         },
-        launch=(),
+        # On this host alone, whatever scheduler's job it is in.
+        launch=("-launcher", "fork", "-rmk", "user"),
         spawns_at_once=True,
         shrinks=False,
         joins=True,

@@ -91,10 +91,10 @@ class Inbox:
         if (busy := leader.busy()) is not None:
             return Answer(accepted=False, text=busy)
         config, size = leader.session.config, leader.world.size
-        if config.policy != "manual":
+        if config.decides != "manual":
             return Answer(
                 accepted=False,
-                text=f'the job decides by itself (policy = "{config.policy}"): start it with policy = "manual"',
+                text=f'the job decides by itself (policy = "{config.decides}"): start it with policy = "manual"',
             )
         try:
             check(ranks, leavers=(), now=size, minimum=config.min_ranks, maximum=leader.office.max_ranks)

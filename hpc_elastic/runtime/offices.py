@@ -10,7 +10,7 @@ from ..broker.local import LocalBroker
 from ..broker.script import ScriptBroker
 from ..errors import ConfigError
 from ..model import Lease
-from ..policy import Fixed, Manual, Timetable
+from ..policy import Eager, Fixed, Manual, Timetable
 from .leader import Leader
 from .plan import Office
 
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def make_broker(config: Config, leases: tuple[Lease, ...]) -> Broker:
+def make_broker(session: Session, leases: tuple[Lease, ...]) -> Broker:
     """Return the broker configured, which holds `leases` already."""
+    config = session.config
+    if config.broker == "slurm":
+        from ..broker.slurm.making import make
+
+        return make(config, session.run.path, leases)
     if config.broker == "script":
         return ScriptBroker.parse(config.supply, leases=leases)
     return LocalBroker(
@@ -35,6 +40,8 @@ def make_broker(config: Config, leases: tuple[Lease, ...]) -> Broker:
 
 def make_policy(config: Config) -> Policy:
     """Return the policy configured."""
+    if config.decides in ("considerate", "greedy"):
+        return Eager()
     if config.policy == "timetable":
         return Timetable.parse(config.timetable)
     if config.policy == "fixed":
@@ -48,12 +55,11 @@ def first_office(session: Session, world: World) -> Office:
     if config.max_ranks and size > config.max_ranks:
         raise ConfigError(f"the launcher started {size} ranks, but max = {config.max_ranks}: start fewer or raise max")
     leases = tuple(Lease(member.slot, member.host) for member in world.generation.members)
-    offered = make_broker(config, leases).poll(0, 0.0, 1).offered
     office = Office(
         next_member=size,
-        max_ranks=config.max_ranks or max(config.ranks, size + offered),
+        max_ranks=config.max_ranks or _most_ranks(session, size, leases),
         target=size,
-        asked=config.ranks if config.policy == "manual" and config.ranks > size else None,
+        asked=config.ranks if config.decides == "manual" and config.ranks > size else None,
         leases=leases,
     )
     if session.checkpoint is None:
@@ -61,6 +67,14 @@ def first_office(session: Session, world: World) -> Office:
     notes = session.checkpoint.about.notes
     target = min(notes["target"], office.max_ranks)
     return msgspec.structs.replace(office, decided=notes["decided"], asked=notes["asked"] or office.asked, target=target)
+
+
+def _most_ranks(session: Session, size: int, leases: tuple[Lease, ...]) -> int:
+    """Return how many ranks there can be, where the settings don't say."""
+    config = session.config
+    if config.broker == "slurm":
+        return max(size, config.microbatches)  # more than that can't share a step
+    return max(config.ranks, size + make_broker(session, leases).poll(0, 0.0, 1).offered)
 
 
 def kept_office(session: Session) -> Office:
@@ -74,7 +88,7 @@ def kept_office(session: Session) -> Office:
 def make_leader(session: Session, world: World, office: Office, tethers: dict[int, World]) -> Leader:
     """Return the leader of `world`, with the office of the one before."""
     config = session.config
-    broker, policy = make_broker(config, office.leases), make_policy(config)
+    broker, policy = make_broker(session, office.leases), make_policy(config)
     return Leader(session, world, msgspec.structs.replace(office), broker, policy, tethers)
 
 

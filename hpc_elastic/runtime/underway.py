@@ -121,7 +121,7 @@ class Invitations:
     def bridge(self) -> Bridge:
         """Return how newcomers are connected with."""
         if self._bridge is None:
-            kind = Join if self._leader.session.config.arrival == "join" else Spawn
+            kind = Join if self._leader.session.config.joins else Spawn
             self._bridge = kind(vendor())
         return self._bridge
 

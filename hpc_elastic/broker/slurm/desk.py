@@ -1,0 +1,185 @@
+"""The desk: threads that read the queue and the companions' files, and carry orders to Slurm, while the job steps on.
+
+Slurm may be slow, restarting or gone for minutes. Nothing here is ever waited for: the broker looks at the last state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ...errors import SlurmError, SlurmUnreachable
+from .companions import Asked, Companion, Files
+
+if TYPE_CHECKING:
+    from .reading import Slurm
+    from .seen import Snapshot
+    from .wishes import Needs
+
+FILES_EVERY_S = 0.02
+QUEUE_EVERY_S = 0.5
+LONGEST_BACK_OFF_S = 30.0
+TRIES_FOR_S = 60.0  # how long an order is tried while Slurm can't be reached
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of the companions and of the queue.
+
+    Attributes
+    ----------
+    companions : mapping
+        The companions by number, as their files tell.
+    needs : Needs or None
+        What a companion needs, once Slurm was asked.
+    snapshot : Snapshot or None
+        The queue, once it has been read.
+    read_s : float
+        When that was (``time.monotonic``).
+    trouble : str
+        Why the queue can't be read just now; empty if it can.
+    """
+
+    companions: Mapping[int, Companion]
+    needs: Needs | None = None
+    snapshot: Snapshot | None = None
+    read_s: float = 0.0
+    trouble: str = ""
+
+
+class Desk:
+    """Reads and orders, in three threads.
+
+    Parameters
+    ----------
+    slurm : Slurm
+        How Slurm is spoken to.
+    files : Files
+        The companions' files.
+    needs : callable
+        Asks Slurm what a companion needs.
+    script : callable
+        Returns the batch script of companion `number`.
+    """
+
+    def __init__(self, slurm: Slurm, files: Files, needs: Callable[[], Needs], script: Callable[[int], str]) -> None:
+        self._slurm = slurm
+        self._files = files
+        self._needs = needs
+        self._script = script
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._look = threading.Event()
+        self.state = State(files.read())
+        for target in (self._read_files, self._read_queue, self._carry_orders):
+            threading.Thread(target=target, name=f"slurm {target.__name__}", daemon=True).start()
+
+    # --- orders -------------------------------------------------------------------------------------------------------
+
+    def ask(self, number: int, ranks: int, options: tuple[str, ...]) -> None:
+        """Ask for companion `number`. It is written down before this returns."""
+        asked = Asked(ranks=ranks, time=time.time())
+        self._files.ask(number, asked)
+        own = (f"--comment={self._files.name(number)}", f"--output={self._files.path(number, 'out')}")
+        options = (*options, *own, f"--chdir={self._files.folder}")
+        self._orders.put(lambda: self._submit(number, asked, options))
+
+    def release(self, number: int) -> None:
+        """Give companion `number` back; its agent ends it at once when nobody runs there."""
+        self._files.release(number)
+
+    def cancel(self, number: int, why: str) -> None:
+        """Have Slurm end companion `number`, which is pending, or whose agent is gone."""
+        self._files.release(number)  # if it begins in this moment, its agent ends it
+        self._orders.put(lambda: self._cancel(number, why))
+
+    def look(self) -> None:
+        """Have the queue read soon."""
+        self._look.set()
+
+    def _carry_orders(self) -> None:
+        while True:
+            order = self._orders.get()
+            until, pause = time.monotonic() + TRIES_FOR_S, 0.5
+            while True:
+                try:
+                    order()
+                except SlurmUnreachable:
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(pause)
+                    pause = min(2 * pause, LONGEST_BACK_OFF_S)
+                    continue
+                except (SlurmError, OSError):
+                    pass  # what came of it stands in the companion's files
+                break
+
+    def _submit(self, number: int, asked: Asked, options: tuple[str, ...]) -> None:
+        if self._files.path(number, "release").exists():
+            self._files.end(number, "it was withdrawn")
+            return
+        # After an answer that did not come, the job may exist all the same.
+        allocation = self._known(number) or 0
+        try:
+            allocation = allocation or self._slurm.submit(self._script(number), options)
+        except SlurmUnreachable as problem:
+            if time.time() - asked.time > TRIES_FOR_S:
+                self._files.end(number, str(problem))
+            raise
+        except SlurmError as problem:
+            self._files.end(number, str(problem))
+            raise
+        self._files.ask(number, msgspec.structs.replace(asked, allocation=allocation))
+
+    def _known(self, number: int) -> int | None:
+        snapshot = self.state.snapshot
+        name = self._files.name(number)
+        found = [job.id for job in snapshot.jobs if job.comment == name] if snapshot is not None else []
+        return found[0] if found else None
+
+    def _cancel(self, number: int, why: str) -> None:
+        companion = self._files.read().get(number)
+        if companion is None or companion.end is not None:
+            return
+        allocation = companion.asked.allocation or self._known(number)
+        if allocation:
+            self._slurm.cancel([allocation])
+        self._files.end(number, why)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_files(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                companions = self._files.read()
+                if companions != self.state.companions:
+                    with self._lock:
+                        self.state = replace(self.state, companions=companions)
+            time.sleep(FILES_EVERY_S)
+
+    def _read_queue(self) -> None:
+        pause = QUEUE_EVERY_S
+        while True:
+            begun = time.monotonic()
+            try:
+                needs = self.state.needs or self._needs()
+                snapshot = self._slurm.snapshot()
+            except SlurmError as problem:
+                pause = min(2 * pause, LONGEST_BACK_OFF_S)
+                with self._lock:
+                    self.state = replace(self.state, trouble=str(problem))
+            else:
+                took = time.monotonic() - begun
+                # A slow controller is asked less often.
+                pause = min(max(QUEUE_EVERY_S, 10 * took), LONGEST_BACK_OFF_S)
+                with self._lock:
+                    self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=begun, trouble="")
+            self._look.wait(pause)
+            self._look.clear()

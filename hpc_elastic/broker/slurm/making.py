@@ -1,0 +1,82 @@
+"""How a job comes to its Slurm broker: what its own allocation is, and what a companion's script does."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ...errors import ConfigError, SlurmRefused
+from .broker import Limits, SlurmBroker
+from .choosing import choose
+from .companions import Files
+from .desk import Desk
+from .wishes import Needs
+
+if TYPE_CHECKING:
+    from ...config import Config
+    from ...model import Lease
+
+AGENT = Path(__file__).parent.parent.parent / "agent.py"
+OWN = "own.json"
+QUIET_S = 30.0  # without a sign of life of any rank, a companion ends itself
+
+
+def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBroker:
+    """Return the broker of the run in `run_path`.
+
+    Raises
+    ------
+    ConfigError
+        If this is no Slurm job.
+    SlurmMissing
+        If Slurm's commands are not here.
+    """
+    files = Files(run_path)
+    kept = _kept(files.folder / OWN)
+    number = os.environ.get("SLURM_JOB_ID", "")
+    if kept is None and not number.isdecimal():
+        raise ConfigError(
+            'broker = "slurm" needs a Slurm job: start it by `hpc-elastic submit` or from a batch script, or take '
+            'broker = "local"'
+        )
+    slurm = choose().slurm
+    host = kept.host if kept is not None else socket.gethostname()
+    cpus = config.ranks_per_node * config.cores_per_rank
+    options = shlex.split(config.slurm_options)
+
+    def needs() -> Needs:
+        own = slurm.own_job(kept.job if kept is not None else int(number))
+        if own is None:
+            if kept is None:
+                raise SlurmRefused(f"Slurm does not know job {number}, in which this runs")
+            return kept
+        found = Needs.of(own, host, cpus, options)
+        if found != kept:
+            files.put(files.folder / OWN, msgspec.json.encode(found))
+        return found
+
+    def script(companion: int) -> str:
+        words = [sys.executable, "-I", "-S", str(AGENT), str(run_path), str(companion), f"{QUIET_S:g}"]
+        return f"#!/bin/sh\nexec {shlex.join(words)}\n"
+
+    limits = Limits(
+        considerate=config.decides != "greedy",
+        ranks_per_node=config.ranks_per_node,
+        patience_s=config.patience_s,
+        node_hours=config.node_hours,
+        own_slots=host == socket.gethostname(),
+    )
+    return SlurmBroker(Desk(slurm, files, needs, script), limits, leases)
+
+
+def _kept(path: Path) -> Needs | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Needs)
+    except (OSError, msgspec.MsgspecError):
+        return None

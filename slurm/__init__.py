@@ -1,0 +1,1 @@
+"""Slurm: batch scripts, and a cluster for tests."""
