@@ -51,6 +51,11 @@ def _troubles(summary: dict[str, Any]) -> list[str]:
             f"recovered in {took}{f' (ms: {stages})' if stages else ''}"
         )
     found += [
+        f"rewound from step {rewind['before']} to step {rewind['step']}, from {rewind['source']}, by {rewind['ranks']} "
+        f"rank{'s' if rewind['ranks'] != 1 else ''} in {rewind['seconds'] * 1000:.0f} ms"
+        for rewind in summary["rewinds"]
+    ]
+    found += [
         f"restart (attempt {restart['attempt']}) after {_place(restart['step'])}: {restart['reason']}"
         for restart in summary["restarts"]
     ]

@@ -36,9 +36,9 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
-from .config import Config
 from .errors import RunDirectoryError
 from .model import Member, Request, numbers
+from .places import unused_below
 
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
@@ -140,31 +140,6 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     directory: str
     mpi: str
-
-
-def checkpoint_folder(config: Config, run_path: Path) -> Path:
-    """Return the folder for the checkpoints of the run in `run_path`."""
-    return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"
-
-
-def unused_below(parent: Path, name: str) -> Path:
-    """Return the path of a new run directory below `parent`: `name` with the time of day."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(1000):
-        path = parent / (f"{stem}-{attempt}" if attempt else stem)
-        if not path.exists():
-            return path
-    raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
-
-
-def companion_file(run_path: Path, companion: int, kind: str) -> Path:
-    """Return where the agent of a companion says something: see `hpc_elastic.agent`."""
-    return run_path / "companions" / f"{companion}.{kind}"
-
-
-def order_file(run_path: Path, companion: int, member: int) -> Path:
-    """Return where the agent of a companion is told to start newcomer `member`."""
-    return run_path / "companions" / str(companion) / f"{member}.json"
 
 
 class RunDirectory:

@@ -97,7 +97,7 @@ def submit(
       hpc-elastic submit --max 16 -p gpu --sbatch=--gres=gpu:1 -m jobs.image.train
       hpc-elastic submit --dry-run train.py > train.sbatch
     """
-    from .rundir import unused_below
+    from .places import unused_below
 
     stem = script.rsplit(".", 1)[-1] if module else Path(script).stem
     options = [

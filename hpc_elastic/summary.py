@@ -173,6 +173,7 @@ class _History:
             self._return_to(event.loop, event.step)
             row.update(from_step=event.step, to_step=event.step, reason=f"checkpoint of step {event.step}")
         elif isinstance(event, events.Rewound):
+            self._before = self._done, self._epochs  # what this attempt did counts as well, up to there
             self._return_to(event.loop, event.step)
             row.update(from_step=event.step, to_step=event.step)
         elif isinstance(event, events.Resized):

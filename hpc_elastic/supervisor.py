@@ -22,9 +22,10 @@ from .interrupts import Interrupts
 from .leftovers import HOST
 from .model import Request
 from .outputs import Outputs
+from .places import checkpoint_folder
 from .progress import Progress
 from .restarts import Setback, account, wait_s, why_not
-from .rundir import End, Failure, RunDirectory, Status, checkpoint_folder
+from .rundir import End, Failure, RunDirectory, Status
 
 GUARD = Path(__file__).parent / "guard.py"
 LOOK_S = 0.1

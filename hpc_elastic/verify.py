@@ -16,7 +16,8 @@ from . import events
 from .checkpoint import Checkpoint, Store
 from .config import build
 from .errors import CheckpointError, RunDirectoryError
-from .rundir import RunDirectory, checkpoint_folder
+from .places import checkpoint_folder
+from .rundir import RunDirectory
 
 
 def examine(where: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from .. import rundir
+from .. import places
 from ..config import STDERR_VARIABLE
 from ..model import Member
 from ..rundir import RunDirectory
@@ -76,11 +76,11 @@ class Afar:
         end = self._run.end_of(self._member)
         if end is not None:
             return end.code
-        return 1 if rundir.companion_file(self._run.path, self._companion, "end").exists() else None
+        return 1 if places.companion_file(self._run.path, self._companion, "end").exists() else None
 
     def terminate(self) -> None:
         """End it: its guard kills it, or the agent does not start it."""
-        rundir.order_file(self._run.path, self._companion, self._member).unlink(missing_ok=True)
+        places.order_file(self._run.path, self._companion, self._member).unlink(missing_ok=True)
         self._run.condemn(self._member)
 
     def kill(self, member: Member) -> None:
@@ -113,5 +113,5 @@ def start(run: RunDirectory, options: Options) -> Guarded:
     environ.pop(STDERR_VARIABLE, None)
     environ[LEADER_VARIABLE] = str(options.leader.id)
     order = {"command": command, "environ": environ}
-    run.put(rundir.order_file(run.path, options.companion, options.member), order)
+    run.put(places.order_file(run.path, options.companion, options.member), order)
     return Afar(run, options.member, options.companion)

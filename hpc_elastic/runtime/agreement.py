@@ -36,6 +36,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
         Steps done.
     needs_all : str
         Why the job can't go on here without a lost member; empty if it can.
+    unwound : str
+        Why this rank can't go on from where it was, whoever was lost; empty if it can.
     """
 
     member: Member
@@ -47,6 +49,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     joining: tuple[Member, ...] = ()
     needs_all: str = ""
+    unwound: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +70,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     redo : int
         Place of a sum that has to be done anew, or `UNKNOWN`.
     refused : str
-        Why the job can't go on; empty if it can.
+        Why the job can't go on from where it is; empty if it can.
     """
 
     generation: int
@@ -122,7 +125,9 @@ def judge(accounts: Sequence[Account], gone: Collection[int], left: Collection[i
     words = {account.word for account in own if account.place // 2 == place // 2} - {UNKNOWN}
     words.discard(RESIZE)  # to be decided anew, or behind those that are to go on
     unfinished = [account.place for account in own if account.place % 2 and not account.ready]
-    reasons = [account.needs_all for account in own if account.needs_all]
+    reasons = [account.needs_all for account in own if account.needs_all and lost]
+    # Even if only a newcomer was lost: the others can't go on from where such a rank no longer is.
+    reasons += [account.unwound for account in own if account.unwound]
     return Verdict(
         generation=newest,
         survivors=survivors,
@@ -132,5 +137,5 @@ def judge(accounts: Sequence[Account], gone: Collection[int], left: Collection[i
         word=words.pop() if words else UNKNOWN,
         redo=max(unfinished, default=UNKNOWN),
         step=max(account.step for account in own),
-        refused=reasons[0] if lost and reasons else "",
+        refused=reasons[0] if reasons else "",
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .reports import Here
 
 Array = NDArray[Any]
-Place = tuple[int, int]  # loop and step
+Place = tuple[int, int, int]  # generation, loop and step: after a loss a step comes again, with other blocks
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -33,6 +33,15 @@ class Block(msgspec.Struct, frozen=True):
     stop: int
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What a newcomer that holds nothing yet must know of a place: forms of the state's arrays, and of arrays' rows."""
+
+    about: About
+    header: bytes
+    state: tuple[tuple[str, tuple[int, ...]], ...]
+    rows: dict[str, tuple[str, tuple[int, ...]]]
+
+
 class Holding(msgspec.Struct, frozen=True):
     """What one rank holds of the state at one place: blocks of arrays, besides all that is the same on all ranks."""
 
@@ -41,7 +50,9 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 def newest(held: Sequence[Sequence[Holding]], rows: Mapping[str, int]) -> Place | None:
-    """Return the last place that every rank holds and at which the blocks of all together are whole; None if there is none.
+    """Return the last place at which the blocks of all ranks together are whole; None if there is none.
+
+    A rank may hold nothing of it: newcomers have nothing before the first copies that they take part in.
 
     Parameters
     ----------
@@ -50,7 +61,7 @@ def newest(held: Sequence[Sequence[Holding]], rows: Mapping[str, int]) -> Place 
     rows : mapping of str to int
         Rows of each array.
     """
-    places = set.intersection(*({holding.place for holding in own} for own in held)) if held else set()
+    places = {holding.place for own in held for holding in own}
     for place in sorted(places, reverse=True):
         blocks = [block for own in held for holding in own if holding.place == place for block in holding.blocks]
         if all(_whole([b for b in blocks if b.name == name], total) for name, total in rows.items()):
@@ -103,7 +114,17 @@ class Copy:
     @property
     def holding(self) -> Holding:
         """What it is, for the others."""
-        return Holding(self.about.place, tuple(self.rows))
+        return Holding(self.place, tuple(self.rows))
+
+    @property
+    def place(self) -> Place:
+        """Where it was taken; no two copies of a rank have the same."""
+        return self.about.generation, *self.about.place
+
+    def told(self) -> Told:
+        """Return what a rank must know that has none of it."""
+        rows = {block.name: (values.dtype.str, values.shape[1:]) for block, values in self.rows.items()}
+        return Told(self.about, self.header, tuple((array.dtype.str, array.shape) for array in self.state), rows)
 
 
 class Copies:
@@ -113,8 +134,14 @@ class Copies:
         self._held: list[Copy] = []
         self._buffers = Buffers(), Buffers()
 
+    def drop(self) -> None:
+        """Hold nothing any more: nobody else is there to outlive this rank, or it leaves."""
+        self._held.clear()
+
     def take(self, world: World, here: Here, about: About, header: bytes, state: Sequence[Array]) -> None:
         """Copy the state and this rank's rows, and those of the rank before it. Collective."""
+        if len(self._held) > 1:  # the last ones are not certain to be with all, and may be wanted: keep theirs
+            self._buffers = Buffers(), Buffers()
         buffers = self._buffers[0]
         local = [array.local for array in here.arrays]
         copies = buffers.copy([*state, *local])
@@ -140,25 +167,38 @@ class Copies:
 
     def find(self, world: World) -> Remembered | None:
         """Return the newest state that the ranks hold together, or None. Collective."""
-        told = world.gather_all(msgspec.msgpack.encode([copy.holding for copy in self._held]))
-        held = [msgspec.msgpack.decode(each, type=list[Holding]) for each in told]
-        rows = {name: n for copy in self._held for name, n in copy.about.notes["rows"].items()}
+        gathered = world.gather_all(msgspec.msgpack.encode([copy.holding for copy in self._held]))
+        held = [msgspec.msgpack.decode(each, type=list[Holding]) for each in gathered]
+        known = world.gather_all(msgspec.msgpack.encode([copy.about.notes["rows"] for copy in self._held]))
+        rows = {name: n for each in known for one in msgspec.msgpack.decode(each) for name, n in one.items()}
         place = newest(held, rows)
-        mine = next((copy for copy in self._held if copy.about.place == place), None)
-        if mine is None:
+        if place is None:
             return None
-        blocks = [next(holding.blocks for holding in own if holding.place == place) for own in held]
-        return Remembered(mine, blocks, world)
+        mine = next((copy for copy in self._held if copy.place == place), None)
+        blocks = [next((holding.blocks for holding in own if holding.place == place), None) for own in held]
+        knows = next(rank for rank, own in enumerate(blocks) if own is not None)
+        told = mine.told() if mine is not None else None
+        if None in blocks:
+            said = msgspec.msgpack.encode(told) if told is not None and world.rank == knows else None
+            told = msgspec.msgpack.decode(world.tell(said, knows), type=Told)
+            mine = mine or Copy(told.about, told.header, [np.empty(shape, dtype) for dtype, shape in told.state], {})
+            for array in mine.state:
+                if array.nbytes:
+                    world.fill(array.reshape(-1), knows)
+        assert mine is not None
+        assert told is not None
+        return Remembered(mine, told, [own or () for own in blocks], world)
 
 
 class Remembered:
     """A state in the ranks' memory, which a loop begins with as with a checkpoint. Its rows are read by all together."""
 
-    def __init__(self, copy: Copy, blocks: Sequence[Sequence[Block]], world: World) -> None:
+    def __init__(self, copy: Copy, told: Told, blocks: Sequence[Sequence[Block]], world: World) -> None:
         self.about = copy.about
         self.header = copy.header
         self.path = "memory"
         self._copy = copy
+        self._forms = told.rows
         self._blocks = blocks
         self._world = world
 
@@ -173,8 +213,8 @@ class Remembered:
         wanted = [msgspec.msgpack.decode(each, type=tuple[int, int]) for each in told]
         held = [[(block.start, block.stop) for block in blocks if block.name == name] for blocks in self._blocks]
         mine = {block: values for block, values in self._copy.rows.items() if block.name == name}
-        any_block = next(iter(mine.values()))
-        out = np.empty((stop - start, *any_block.shape[1:]), any_block.dtype)
+        dtype, shape = self._forms[name]
+        out = np.empty((stop - start, *shape), dtype)
         sends, receives = [], []
         for move in routes(held, wanted):
             if world.rank == move.source:

@@ -20,7 +20,8 @@ from ..comm.vendor import prepare
 from ..config import SUPERVISED_VARIABLE, build
 from ..errors import ElasticError, JobError, Retired
 from ..model import Member
-from ..rundir import RunDirectory, checkpoint_folder
+from ..places import checkpoint_folder
+from ..rundir import RunDirectory
 from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked
 from .signals import heeded

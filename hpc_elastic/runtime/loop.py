@@ -62,6 +62,9 @@ class Loop:
         if self.here.cursor.step >= self.here.steps or self.stopped:
             return False
         word = self._membership.pass_point(self.here)
+        world = self._membership.world
+        if world is None or world.size == 1:
+            self._saving.copies.drop()  # what is kept would be old when there are others again
         if word == END:
             raise JobError(f"rank 0 left the loop at step {self.here.cursor.step}, and this rank did not: all have to")
         if word == RESIZE and self._membership.world is None:

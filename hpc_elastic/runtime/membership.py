@@ -218,7 +218,8 @@ class Membership:
             word=self._word,
             step=here.cursor.step,
             joining=moving.joining if moving is not None else (),
-            needs_all=self._unwound or (needs_all(here) if self._word != END else ""),
+            needs_all=needs_all(here) if self._word != END else "",
+            unwound=self._unwound,
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()

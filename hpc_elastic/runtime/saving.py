@@ -12,7 +12,7 @@ import msgspec
 
 from .. import events, faults
 from ..errors import CheckpointError
-from ..rundir import checkpoint_folder
+from ..places import checkpoint_folder
 from .plan import Tally
 
 if TYPE_CHECKING:

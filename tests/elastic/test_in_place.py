@@ -117,6 +117,18 @@ def test_faults(fault, start, static, tmp_path):
     assert happened(tmp_path / "r", events.Rewound) or happened(tmp_path / "r", events.Restarted)
 
 
+def test_before_newcomers_have_copies(start, static, tmp_path):
+    """The copies of the generation before serve, and the newcomer gets the state from the others."""
+    fault = "copy:kill:rank=1:gen=2"
+    with start(fault=fault, timetable="3:3,90:4", policy="timetable", ranks=1, checkpoint_steps=0) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    (again,) = happened(tmp_path / "r", events.Rewound)
+    assert (again.source, again.ranks) == ("memory", 3)
+    assert not happened(tmp_path / "r", events.Restarted)
+
+
 LOOP = """
 import sys, time
 import numpy as np
@@ -152,7 +164,7 @@ def test_a_loop_without_arrays(start, tmp_path):
 
 
 def test_in_a_call_of_the_users_own(start, tmp_path):
-    """Open MPI ends the call, and the job begins again in place. On MPICH nothing can, and a rank that is in it ends itself."""
+    """Open MPI ends the call, and the job begins again in place. On MPICH nothing can: ranks in it end themselves."""
     (tmp_path / "loop.py").write_text(LOOP.format(deed="job.comm.barrier()"))
     with start(script="loop.py") as job:
         run = copied(tmp_path / "r", 3)
@@ -162,7 +174,7 @@ def test_in_a_call_of_the_users_own(start, tmp_path):
     assert done.value("sha256") == str(sum(range(TURNS)))
     if find_mpiexec()[1].shrinks:
         assert happened(run.path, events.Rewound)
-    else:
+    else:  # unless all were between two calls
         assert happened(run.path, events.Restarted) or happened(run.path, events.Rewound)
 
 

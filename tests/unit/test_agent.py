@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import hpc_elastic
-from hpc_elastic.rundir import RunDirectory, companion_file, order_file
+from hpc_elastic.places import companion_file, order_file
+from hpc_elastic.rundir import RunDirectory
 
 AGENT = Path(hpc_elastic.__file__).parent / "agent.py"
 LIMIT_S = 20.0

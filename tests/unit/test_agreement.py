@@ -94,6 +94,11 @@ def test_what_others_can_not_replace_is_refused():
     assert judge([account(n, needs_all="its rows") for n in range(3)], set()).refused == ""
 
 
+def test_all_go_back_with_one_that_was_unwound():
+    """Else it would begin again by itself, when only a newcomer was lost, while the others go on."""
+    assert judge([account(0), account(1, unwound="it was in a halo"), account(2)], set()).refused == "it was in a halo"
+
+
 @pytest.mark.parametrize(
     ("accounts", "gone", "expected"),
     [

@@ -244,6 +244,16 @@ def test_loss(run, capsys):
     ) in out
 
 
+def test_rewind(run, capsys):
+    """What was done before the place that the job went back to counts, and the rest is lost."""
+    back = events.Rewound(time=T + 21, loop=1, step=20, before=30, source="memory", seconds=0.012, ranks=2)
+    done = (started(), epoch(0, 10, 10.0, 10), epoch(1, 20, 10.0, 15), grown(25, 17), epoch(2, 30, 10.0, 20))
+    summary = write(run, *done, lost(30, 20.6), back, epoch(2, 30, 5.0, 26), ended(50, 31))
+    assert (summary["steps"], summary["steps_lost"], summary["epochs"]) == (50, 10, 3)
+    assert [each["step"] for each in summary["rewinds"]] == [20]
+    assert "rewound from step 30 to step 20, from memory, by 2 ranks in 12 ms" in shown(summary, capsys)
+
+
 TWICE = (
     started(policy="manual"),
     epoch(0, 10, 10.0, 10),

@@ -17,7 +17,8 @@ from hpc_elastic import rundir
 from hpc_elastic.config import build
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.model import Member, Request
-from hpc_elastic.rundir import Answer, End, Failure, Launch, RankRecord, RunDirectory, Status, checkpoint_folder
+from hpc_elastic.places import checkpoint_folder
+from hpc_elastic.rundir import Answer, End, Failure, Launch, RankRecord, RunDirectory, Status
 
 LIMIT_S = 20
 

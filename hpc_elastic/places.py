@@ -1,0 +1,34 @@
+"""Where things are, for all who have to find them: run directories, and what has a place of its own in or beside one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from .config import Config
+from .errors import RunDirectoryError
+
+
+def checkpoint_folder(config: Config, run_path: Path) -> Path:
+    """Return the folder for the checkpoints of the run in `run_path`."""
+    return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"
+
+
+def unused_below(parent: Path, name: str) -> Path:
+    """Return the path of a new run directory below `parent`: `name` with the time of day."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1000):
+        path = parent / (f"{stem}-{attempt}" if attempt else stem)
+        if not path.exists():
+            return path
+    raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
+
+
+def companion_file(run_path: Path, companion: int, kind: str) -> Path:
+    """Return where the agent of a companion says something: see `hpc_elastic.agent`."""
+    return run_path / "companions" / f"{companion}.{kind}"
+
+
+def order_file(run_path: Path, companion: int, member: int) -> Path:
+    """Return where the agent of a companion is told to start newcomer `member`."""
+    return run_path / "companions" / str(companion) / f"{member}.json"
