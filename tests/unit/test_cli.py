@@ -25,7 +25,7 @@ from tests.launch import Job, until
 from tests.launch import hpc_elastic as command
 
 COMMANDS = (
-    *("run", "resume", "status", "resize", "stop", "checkpoint", "verify"),
+    *("run", "submit", "resume", "status", "resize", "stop", "checkpoint", "verify"),
     *("doctor", "pack", "inspect", "report"),
 )
 LOOP = """
