@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 from .launch import side_by_side
+
+
+# Tests run side by side with others that start ranks: how long an example takes says nothing.
+settings.register_profile("side by side", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("side by side")
 
 
 def pytest_addoption(parser):
