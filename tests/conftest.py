@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, settings
 
 from .launch import side_by_side
 
-
 # Tests run side by side with others that start ranks: how long an example takes says nothing.
 settings.register_profile("side by side", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("side by side")
