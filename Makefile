@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 MPI ?= mpich
 WORKERS ?= auto
+TESTS ?= tests
 ROUNDS ?= 15
 SEED ?= 1
 JOBS ?= 2
@@ -41,7 +42,7 @@ demo: setup  ## the main job: train while ranks come and go, and compare with on
 	$(BIN)/python -m jobs.image.demo
 
 test: setup  ## all tests but those on a Slurm cluster, some of them side by side
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm $(TESTS)
 
 test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machine (root)
 	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm

@@ -14,7 +14,7 @@ settings.load_profile("side by side")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-faults", action="store_true", help="test a fault at every stage, not only at some: ten minutes")
+    parser.addoption("--all-faults", action="store_true", help="all faults, kills and random schedules, not only some")
     parser.addoption("--fault-table", type=Path, metavar="FILE.md", help="write what the faults led to into this file")
 
 

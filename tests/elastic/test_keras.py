@@ -10,7 +10,7 @@ from jobs.image.prepare import prepare
 
 from ..afterwards import resizes
 from ..launch import Job, hpc_elastic
-from .test_same_bits import check_ledger, sizes
+from .test_same_bits import check_ledger, seeds, sizes
 from .test_same_bits import timetable as random_timetable
 
 pytestmark = [
@@ -41,7 +41,11 @@ def static(data, tmp_path_factory):
     return train(data, tmp_path_factory.mktemp("static")).value("sha256")
 
 
-@pytest.mark.parametrize("seed", range(100, 105))
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", seeds(metafunc.config, range(100, 105), 2))
+
+
 def test_random_timetables(seed, data, static, tmp_path):
     table = random_timetable(seed)
     print(f"seed {seed}: {table}")

@@ -14,7 +14,17 @@ from ..shards import SAMPLES
 
 EPOCHS, BATCH = 3, 64
 STEPS = EPOCHS * -(-SAMPLES // BATCH)
-SEEDS = range(30)
+SEEDS, SOME = range(30), 12
+
+
+def seeds(config, every, some):
+    """Return the seeds of random schedules: `some` of them, or with --all-faults all."""
+    return every if config.getoption("all_faults") else every[:some]
+
+
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", seeds(metafunc.config, SEEDS, SOME))
 
 
 def timetable(seed: int) -> Timetable:
@@ -45,7 +55,6 @@ def static(shards, tmp_path_factory):
     return done.value("sha256")
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 def test_random_timetables(seed, shards, static, tmp_path):
     table = timetable(seed)
     print(f"seed {seed}: {table}")

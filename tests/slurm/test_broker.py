@@ -18,7 +18,7 @@ from .. import shards
 from ..afterwards import check_ledger, happened, resizes
 from ..launch import ROOT, SCRIPTS, hpc_elastic
 
-EPOCHS, BATCH = 40, 64
+EPOCHS, SHORT, BATCH = 40, 8, 64
 LIMIT_S = 120.0
 
 
@@ -38,12 +38,13 @@ class Elastic:
         self.path = folder / "r"
         self.folder = folder
         shards.write(folder)
-        self.script = [SCRIPTS / "softmax.py", folder, EPOCHS, "--batch", BATCH, "--pause"]
 
-    def submit(self, *options, sbatch=(), pause_s=0.03, **settings):
+    def submit(self, *options, sbatch=(), pause_s=0.03, epochs=EPOCHS, **settings):
+        self.epochs = epochs
+        script = [SCRIPTS / "softmax.py", self.folder, epochs, "--batch", BATCH, "--pause"]
         settings = {"broker": "slurm", "ledger": "true", "stall_s": 5, "checkpoint_steps": 50, **settings}
         pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-        command = hpc_elastic("run", "--run-dir", self.path, "--max", 4, *pairs, *options, *self.script, pause_s)
+        command = hpc_elastic("run", "--run-dir", self.path, "--max", 4, *pairs, *options, *script, pause_s)
         text = f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(str(ROOT))}\nexec {shlex.join(command)}\n"
         (self.folder / "job.sh").write_text(text)
         out = [f"--output={self.folder}/out", f"--chdir={self.folder}"]
@@ -78,16 +79,25 @@ class Elastic:
         out = self.ends()
         assert f"sha256 {static}" in out, out
         assert self.states("--job", self.number) == ["COMPLETED"]
-        check_ledger(self.path, EPOCHS, shards.SAMPLES)
+        check_ledger(self.path, self.epochs, shards.SAMPLES)
+
+
+def computed(cluster, folder, epochs):
+    """Return what one static rank computes."""
+    job = Elastic(cluster, folder)
+    job.submit(broker="local", slots=1, pause_s=0, epochs=epochs)
+    out = job.ends()
+    return next(line.split()[1] for line in out.splitlines() if line.startswith("sha256"))
 
 
 @pytest.fixture(scope="module")
 def static(cluster, tmp_path_factory):
-    """What one static rank computes."""
-    job = Elastic(cluster, tmp_path_factory.mktemp("static"))
-    job.submit(broker="local", slots=1, pause_s=0)
-    out = job.ends()
-    return next(line.split()[1] for line in out.splitlines() if line.startswith("sha256"))
+    return computed(cluster, tmp_path_factory.mktemp("static"), EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def static_short(cluster, tmp_path_factory):
+    return computed(cluster, tmp_path_factory.mktemp("static"), SHORT)
 
 
 @pytest.fixture
@@ -216,10 +226,10 @@ def test_limits_of_node_hours(job, static):
         ("--constraint=nothing", ""),
     ],
 )
-def test_companions_that_are_refused(options, said, job, static):
+def test_companions_that_are_refused(options, said, job, static_short):
     """The job goes on at its size, and says why it can't grow."""
-    job.submit(slurm_options=options, patience_s=1)
-    job.ended_well(static)
+    job.submit(slurm_options=options, patience_s=1, epochs=SHORT, pause_s=0.05)
+    job.ended_well(static_short)
     refused = [event.reason for event in happened(job.path, events.Refused)]
     if options.startswith("--account"):
         return  # without accounting, Slurm takes any
