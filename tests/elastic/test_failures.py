@@ -102,7 +102,8 @@ def test_newcomer_that_cannot_come(before, setup, reason, tmp_path):
         reason = "no licence"
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(before=before, setup=setup or "pass"))
-    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--timetable", "3:2", file), folder=tmp_path) as job:
+    options = ["--run-dir", "r", "--slots", 2, "--timetable", "3:2", "--hold"]
+    with Job(hpc_elastic("run", *options, file), folder=tmp_path) as job:
         done = job.wait()
     assert done.code == 0, done.err
     assert done.value("ranks") == ("2" if reason is None else "1")
