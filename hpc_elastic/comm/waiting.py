@@ -24,6 +24,7 @@ BYTES_PER_S = 0.5e9  # and as long as messages of many bytes may take: MPICH mov
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
 LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
+LONGEST_EXIT_S = 20
 BLAME_S = 10.0  # how long somebody to blame for an error of MPI's is looked for
 
 
@@ -62,6 +63,16 @@ def forsake(thread: threading.Thread) -> None:
 def forsaken() -> bool:
     """Tell whether a thread of this process is left inside a call of MPI's: ``MPI_Finalize`` would crash or hang then."""
     return any(thread.is_alive() for thread in _forsaken)
+
+
+def end_in_time() -> None:
+    """Have the kernel end this process, if it has not ended after `LONGEST_EXIT_S` seconds.
+
+    A process that has left a thread inside a call of MPI's can hang in the destructors of its libraries.
+    """
+    if _forsaken:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LONGEST_EXIT_S)
 
 
 @contextlib.contextmanager

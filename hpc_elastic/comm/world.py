@@ -17,7 +17,7 @@ from .liveness import DEAF_S, Deaf
 from .messages import BRIDGE_TAG, Party
 from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
-from .waiting import LeftOut, Lost, Watch, forsaken, limited
+from .waiting import LeftOut, Lost, Watch, end_in_time, forsaken, limited
 
 T = TypeVar("T")
 Array = NDArray[np.generic]
@@ -67,6 +67,7 @@ def finalize() -> None:
     if forsaken():
         for path in own_shared_memory():
             path.unlink(missing_ok=True)
+        end_in_time()
         return
     if MPI.Is_initialized() and not MPI.Is_finalized():
         segments = own_shared_memory()
@@ -74,6 +75,7 @@ def finalize() -> None:
             MPI.Finalize()
         for path in unmapped([path for path in segments if path.exists()]):
             path.unlink(missing_ok=True)
+        end_in_time()
 
 
 class World:
