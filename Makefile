@@ -48,7 +48,7 @@ test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machin
 	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm
 
 slurm-packages:
-	@command -v slurmctld slurmd munged srun ip >/dev/null || { \
+	@(for program in slurmctld slurmd munged srun ip; do command -v $$program >/dev/null || exit 1; done) || { \
 	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; }; \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(SLURM_PACKAGES); }
 

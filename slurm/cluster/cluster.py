@@ -17,6 +17,7 @@ from . import accounting, configuration, processes, spaces
 from .configuration import PORTS, Shape
 from .processes import ClusterError
 
+MARK = "_CLUSTER_FOR_TESTS"  # in the environment of all that runs in it
 UP_S, DOWN_S = 60.0, 20.0
 FOLDERS = ("log", "munge", "pid", "spool", "state")
 DAEMONS = ("slurmctld", "slurmdbd", "mariadbd", "munged")
@@ -50,7 +51,7 @@ class Cluster:
     def environ(self) -> dict[str, str]:
         """The environment of commands that are to speak to the cluster."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
-        return {**own, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        return {**own, "SLURM_CONF": str(self.folder / "slurm.conf"), MARK: str(self.folder)}
 
     # --- up and down --------------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Cluster:
         others = [pid for pid in pids if pid and pid not in daemons and processes.alive(pid)]
         processes.end(others)
         processes.end([pid for pid in daemons if pid])
-        processes.end(processes.marked(f"SLURM_CONF={self.folder}/slurm.conf"))
+        processes.end(processes.marked(f"{MARK}={self.folder}"))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:

@@ -47,17 +47,30 @@ def start(folder: Path, name: str, command: list[str], environ: Mapping[str, str
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environ), start_new_session=True
         )
     _children[process.pid] = process
-    (folder / "pid" / name).write_text(str(process.pid))
+    note(folder, name, process.pid)
     return process.pid
 
 
 def pid_of(folder: Path, name: str) -> int:
     """Return the process id of a daemon, or 0 if it does not run."""
     try:
-        pid = int((folder / "pid" / name).read_text())
+        pid, since = map(int, (folder / "pid" / name).read_text().split())
     except (OSError, ValueError):
         return 0
-    return pid if alive(pid) else 0
+    return pid if alive(pid) and _since(pid) == since else 0
+
+
+def note(folder: Path, name: str, pid: int) -> None:
+    """Write down which process a daemon is, and since when: the number may be another's one day."""
+    (folder / "pid" / name).write_text(f"{pid} {_since(pid)}")
+
+
+def _since(pid: int) -> int:
+    """Return when a process began, in ticks since the machine did (proc(5)); 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except OSError:
+        return 0
 
 
 def alive(pid: int) -> bool:
@@ -82,13 +95,18 @@ def end(pids: list[int], first: signal.Signals = signal.SIGTERM) -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Return the processes in whose environment `mark` stands."""
+    """Return the processes in whose environment `mark` stands, but for this one and those above it."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
-    return [pid for pid in found if pid != os.getpid() and alive(pid)]
+    spared, pid = {0}, os.getpid()
+    while pid not in spared:
+        spared.add(pid)
+        with contextlib.suppress(OSError):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return [pid for pid in found if pid not in spared and alive(pid)]
 
 
 def until(done: Callable[[], bool], limit_s: float, what: str) -> None:

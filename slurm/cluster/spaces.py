@@ -46,7 +46,7 @@ def make(shape: Shape, folder: Path, environ: Mapping[str, str]) -> None:
         )
     for name in (CONTROLLER, *shape.names):
         processes.until((folder / "pid" / f"{name}.ready").exists, 10, f"namespaces of {name}")
-        (folder / "pid" / f"{name}.init").write_text(str(_child(processes.pid_of(folder, f"{name}.space"))))
+        processes.note(folder, f"{name}.init", _child(processes.pid_of(folder, f"{name}.space")))
     lines = ["link add br0 type bridge", "link set br0 up", f"addr add {NET}.1/24 dev br0"]
     for i, name in enumerate(shape.names):
         lines += [f"link add v{i} type veth peer name eth0 netns {init(folder, name)}", f"link set v{i} master br0 up"]

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from slurm.cluster import Cluster, ClusterError, processes
+from slurm.cluster.cluster import MARK
 from slurm.cluster.configuration import Shape, slurm_conf
 
 from ..launch import ROOT
@@ -39,7 +40,19 @@ def test_up_and_down_leave_nothing(tmp_path):
     tool("run", "--dir", folder, "--", "sbatch", "--output=/dev/null", "--wrap", "sleep 1000")
     assert tool("down", "--dir", folder).returncode == 0
     assert not folder.exists()
-    assert not processes.marked(f"SLURM_CONF={folder}/slurm.conf")
+    assert not processes.marked(f"{MARK}={folder}")
+
+
+def test_bystanders_are_let_be(tmp_path):
+    """Who has the configuration in the environment, as `up` advises, is no part of it; nor is who has an old number."""
+    up = Cluster(tmp_path / "c", Shape(1)).up()
+    conf = {**os.environ, "SLURM_CONF": up.environ["SLURM_CONF"]}
+    with subprocess.Popen(["sleep", "60"], env=conf) as one, subprocess.Popen(["sleep", "60"]) as other:
+        (up.folder / "pid" / "old").write_text(f"{other.pid} 1")
+        up.down()
+        assert (one.poll(), other.poll()) == (None, None)
+        one.kill()
+        other.kill()
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -57,7 +70,7 @@ def test_a_cluster_that_does_not_come_up_leaves_nothing(tmp_path):
     with pytest.raises(ClusterError):
         Cluster(tmp_path / "c", Shape(2, extra=("NoSuchSetting=1",))).up()
     assert not (tmp_path / "c").exists()
-    assert not processes.marked(f"SLURM_CONF={tmp_path}/c/slurm.conf")
+    assert not processes.marked(f"{MARK}={tmp_path}/c")
 
 
 def test_one_whose_daemons_were_killed(tmp_path):
