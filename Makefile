@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo test chaos test-slurm slurm-packages test-mpi bench check clean
+.PHONY: help setup demo test search chaos test-slurm slurm-packages test-mpi bench check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -51,6 +51,9 @@ slurm-packages:
 	@(for program in slurmctld slurmd munged srun ip; do command -v $$program >/dev/null || exit 1; done) || { \
 	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; }; \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(SLURM_PACKAGES); }
+
+search: setup  ## the property tests, with new random examples and more of them
+	$(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile search tests/unit -m "hypothesis"
 
 chaos: setup  ## random troubles at a real job, ROUNDS of them from SEED on, JOBS at a time
 	$(BIN)/python -m tests.chaos --mpi $(MPI) --rounds $(ROUNDS) --seed $(SEED) --jobs $(JOBS)

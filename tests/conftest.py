@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, settings
 
 from .launch import side_by_side
 
-# Tests run side by side with others that start ranks: how long an example takes says nothing.
-settings.register_profile("side by side", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("side by side")
+# Tests run side by side with others that start ranks: how long an example takes says nothing. The examples are the same each
+# time, so that a test that passed goes on passing; `make search` looks for new ones.
+settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

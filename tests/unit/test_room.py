@@ -48,12 +48,15 @@ def test_the_first_in_line_gets_what_it_could_start_with(cluster):
 
 @given(clusters())
 def test_nothing_is_given_back_for_nothing(cluster):
-    """Companions go for a job that can't start on idle nodes, and no more of them than it lacks."""
-    idle, _, companions, waiting = cluster
-    room = considerate(*cluster)
-    assert len(room.back) <= sum(max(0, job.nodes - len(idle & job.could_use)) for job in waiting)
-    for number in room.back:
-        assert any(companions[number] in job.could_use for job in waiting)
+    """Each pending job adds to what is given back no more than it lacks, at most, after those before it have theirs."""
+    idle, usable, companions, waiting = cluster
+    before, taken = (), 0
+    for count, job in enumerate(waiting, 1):
+        back = considerate(idle, usable, companions, waiting[:count]).back
+        assert back[: len(before)] == before
+        assert len(back) - len(before) <= max(0, job.nodes - max(0, len(idle & job.could_use) - taken))
+        assert all(companions[number] in job.could_use for number in back[len(before) :])
+        before, taken = back, taken + job.nodes
 
 
 def test_a_job_of_two_nodes():
