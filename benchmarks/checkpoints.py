@@ -10,7 +10,8 @@ there on are a cycle of a job with one every 20 steps, from the snapshot on, and
 compared with the stretches without before and behind it. The first one is left out, since memory is mapped in it.
 
 Machinery: a softmax-like job with steps of some milliseconds and of some tens of them, 10 with all that the runtime does and
-10 without the barrier behind each sum and without the looks whether the other ranks live. A round is 10 such pairs.
+10 without the barrier behind each sum and without the looks whether the other ranks live. A round is 10 such pairs. Steps
+that begin an epoch are left out: the order of its samples is made there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .running import BrokenError, Running
 RANKS = 2
 CYCLE = 20  # steps from one checkpoint to the next
 STATE_BYTES = 100_000_000
-BLOCK, PAIRS = 10, 10  # steps with or without the machinery, as in the job; pairs of such in a round
+BLOCK, PAIRS, EPOCH = 10, 10, 21  # steps with or without the machinery, as in the job; pairs in a round; steps of an epoch
 BATCHES = {"short": 4096, "long": 32768}  # steps of about 5 ms and 50 ms
 CHECKPOINT_GOAL, MACHINERY_GOAL = 1.05, 1.01
 
@@ -122,9 +123,10 @@ def machinery(mpi: str, rounds: int) -> Iterator[Record]:
         first = int(np.isfinite(done).argmax()) + begun // 2
         first += -first % (2 * BLOCK)  # where a stretch with the machinery begins
         took = np.diff(done)[first - 1 :]  # of step number `first` on
+        took[-first % EPOCH :: EPOCH] = np.nan
         pairs = took[: len(took) // (2 * BLOCK) * 2 * BLOCK].reshape(-1, 2, BLOCK)[: rounds * PAIRS]
         each = pairs.reshape(rounds, PAIRS, 2, BLOCK).swapaxes(1, 2).reshape(rounds, 2, -1)
-        means, medians = each.mean(axis=2), np.median(each, axis=2)
+        means, medians = np.nanmean(each, axis=2), np.nanmedian(each, axis=2)
         context = {
             "mpi": mpi,
             "ranks": RANKS,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KIND, STAMPS, AMOUNT = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 TURNS = 1_000_000  # more than enough: the job is stopped
 BLOCK = 10  # steps with the machinery, and as many without
+EPOCH = 21  # steps of an epoch: what begins one, making its order, comes as often in the ones as in the others
 
 
 def with_state(job: he.Job) -> None:
@@ -46,7 +47,7 @@ def with_machinery(job: he.Job) -> None:
     gradients = gradients_of("numpy")
     job.register(state=np.zeros(1000, np.float32))
     stamps = Stamps(STAMPS, job.member.id)
-    for step in job.steps(Images(1 << 17), epochs=TURNS, batch=AMOUNT):
+    for step in job.steps(Images(EPOCH * AMOUNT), epochs=TURNS, batch=AMOUNT):
         (bare if step.number // BLOCK % 2 else whole)(job.membership)
         for micro in step.microbatches():
             step.add(gradients(micro))

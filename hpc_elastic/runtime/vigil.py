@@ -44,6 +44,7 @@ class Vigil:
         self.over = False
         self.me = me
         self._session = session
+        self._losses = session.run.path / "losses"
         self._liveness = Liveness(session.run, session.config.stall_s)
         self._lock = threading.Lock()  # the thread looks as well
         self._blocked: dict[object, tuple[tuple[Member, ...], float, float]] = {}
@@ -68,11 +69,11 @@ class Vigil:
 
     def meeting(self) -> Path:
         """Return the folder where the survivors of the next loss meet."""
-        return self._session.run.path / "losses" / str(self.losses)
+        return self._losses / str(self.losses)
 
     def greeted(self) -> bool:
         """Say that this process has sent a word to the other survivors of the last loss; tell whether one of them has."""
-        folder = self._session.run.path / "losses" / str(self.losses - 1)
+        folder = self._losses / str(self.losses - 1)
         with contextlib.suppress(OSError):  # without a word from here nobody is taken for deaf
             (folder / f"{self.me.id}.greeted").touch(mode=0o600)
         return len(list(folder.glob("*.greeted"))) > 1
@@ -82,7 +83,8 @@ class Vigil:
         self._session.check()
         with self._lock:
             lost = self._liveness.lost()
-        if lost or (self.losses != NO_MEETINGS and self.meeting().exists()):
+        meeting = f"{self._losses}/{self.losses}"
+        if lost or (self.losses != NO_MEETINGS and os.path.exists(meeting)):  # noqa: PTH110  (called at every step)
             faults.at("detect")
             raise Lost(lost)
 
