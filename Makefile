@@ -10,7 +10,7 @@ ROUNDS ?= 15
 SEED ?= 1
 JOBS ?= 2
 SLURM_WORKERS ?= 3
-SLURM_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge iproute2
+SLURM_PACKAGES := slurm-wlm slurmctld slurmd slurm-client slurmdbd mariadb-server munge iproute2
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 READY := $(VENV)/.ready
@@ -48,7 +48,7 @@ test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machin
 	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm
 
 slurm-packages:
-	@(for program in slurmctld slurmd munged srun ip; do command -v $$program >/dev/null || exit 1; done) || { \
+	@(for program in slurmctld slurmd slurmdbd mariadbd munged srun ip; do command -v $$program >/dev/null || exit 1; done) || { \
 	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; }; \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(SLURM_PACKAGES); }
 

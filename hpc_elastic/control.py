@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from . import events
+from .broker.slurm import leases
 from .errors import CheckpointError, ConfigError, ElasticError, LaunchError, RunDirectoryError, ShardError
 from .model import Request
 from .rundir import Answer, RunDirectory, Status
@@ -71,7 +72,7 @@ def silence(status: Status) -> str:
 
 
 def past(run: RunDirectory) -> dict[str, Any]:
-    """Return the last checkpoint of `run`, what the last one that failed did, and its restarts; None where there is none."""
+    """Return the companions and the last checkpoint of `run`, why the last one failed, its restarts; None for none."""
     happened = events.read(run.events)
     tried = [event for event in happened if isinstance(event, events.Checkpointed)]
     good = [event for event in tried if not event.error]
@@ -79,12 +80,13 @@ def past(run: RunDirectory) -> dict[str, Any]:
         "checkpoint": msgspec.structs.asdict(good[-1]) if good else None,
         "checkpoint_error": tried[-1].error if tried and tried[-1].error else None,
         "restarts": [msgspec.structs.asdict(event) for event in happened if isinstance(event, events.Restarted)],
+        "companions": leases.found(run.path),
     }
 
 
 def remarks(found: dict[str, Any]) -> list[str]:
     """Return what `past` found, in lines for people."""
-    lines = []
+    lines = leases.lines(found["companions"])
     if found["checkpoint"]:
         age = time.time() - found["checkpoint"]["time"]
         lines.append(f"last checkpoint: step {found['checkpoint']['step']}, {age:.0f} s ago")

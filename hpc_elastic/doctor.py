@@ -22,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .broker.local import read_machine
+from .broker.slurm import allowance
+from .broker.slurm.commands import Commands
 from .comm.vendor import SHARED_MEMORY, find_mpiexec, orphaned_shared_memory, prepare, vendor_of
-from .errors import LaunchError
+from .errors import LaunchError, SlurmError
 
 if TYPE_CHECKING:
     from .comm.vendor import Vendor
@@ -236,9 +238,16 @@ def _leftovers() -> Check:
 
 def _slurm() -> Check:
     missing = [name for name in SLURM if shutil.which(name) is None]
-    text = "not installed" if len(missing) == len(SLURM) else f"without {', '.join(missing)}" if missing else "found"
-    advice = "only needed to run jobs on a cluster: load its module there"
-    return Check(name="Slurm", good=not missing, needed=False, text=text, advice=advice)
+    if missing:
+        text = "not installed" if len(missing) == len(SLURM) else f"without {', '.join(missing)}"
+        advice = "only needed to run jobs on a cluster: load its module there"
+        return Check(name="Slurm", good=False, needed=False, text=text, advice=advice)
+    try:
+        cluster = allowance.ask(Commands())
+    except SlurmError as error:
+        advice = "only needed to run jobs on a cluster: try again on a login node of it"
+        return Check(name="Slurm", good=False, needed=False, text=str(error), advice=advice)
+    return Check(name="Slurm", good=True, needed=False, text=allowance.summary(cluster), facts=allowance.facts(cluster))
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -256,7 +265,7 @@ def table(checks: list[Check]) -> None:
     console.print(grid)
     for check in checks:
         if check.facts:
-            console.print("\nWhat will work:")
+            console.print(f"\nWhat will work ({check.name}):")
             facts = Table.grid(padding=(0, 2))
             for what, how in check.facts.items():
                 facts.add_row("", Text(what), Text(how, overflow="fold"))

@@ -90,6 +90,7 @@ def slurm_conf(shape: Shape, folder: Path, host: str, ports: Sequence[int]) -> s
         where = "ctl" if shape.isolate else "127.0.0.1"
         lines += [
             "AccountingStorageType=accounting_storage/slurmdbd",
+            "AccountingStorageEnforce=associations,limits,qos",
             f"AccountingStorageHost={where}",
             f"AccountingStoragePort={ports[1]}",
             f"AccountingStoragePass={folder}/munge.socket",

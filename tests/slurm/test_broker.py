@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_elastic import events
+from hpc_elastic.broker.slurm import leases
 from hpc_elastic.rundir import RunDirectory
 
 from .. import shards
@@ -109,9 +110,15 @@ def job(cluster, tmp_path):
 
 
 def test_takes_idle_nodes_and_gives_them_to_who_waits(job, cluster, static):
-    job.submit()
+    job.submit(sbatch=["--time=60"])
     job.ranks(4)
     assert set(cluster.states().values()) == {"allocated"}
+    until(lambda: all(each["end"] for each in leases.found(job.path)))
+    said = cluster.run(hpc_elastic("status", job.path)).stdout
+    for each in leases.found(job.path):
+        assert 0 < each["end"] - time.time() <= 3600
+        assert f"companion {each['companion']}: {each['node']}, job {each['job']}, for 1 rank, held since" in said
+    assert said.count("at the latest") == 3
     begun = time.monotonic()
     cluster.run(["srun", "--nodes=2", "--exclusive", "true"])
     waited_s = time.monotonic() - begun

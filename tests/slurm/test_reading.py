@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from hpc_elastic import doctor
 from hpc_elastic.broker.slurm.calls import Calls
 from hpc_elastic.broker.slurm.commands import Commands
 from hpc_elastic.errors import SlurmRefused, SlurmUnreachable
@@ -95,3 +96,11 @@ def test_munge_down(cluster, slurm):
     finally:
         cluster.start_munge()
     assert slurm.snapshot().nodes
+
+
+def test_doctor_on_a_login_node(slurm):  # noqa: ARG001  (its environment)
+    check = doctor._slurm()
+    assert check.good
+    assert "4 nodes" in check.text
+    assert "its jobs are ended for those of main, urgent, after 10 s of grace" in check.facts["partition low"]
+    assert "pmi2" in check.facts["MPI by srun"]

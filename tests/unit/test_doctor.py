@@ -193,11 +193,14 @@ def test_slurm(there, text, tmp_path, monkeypatch):
     assert (check.good, check.needed, check.text) == (False, False, text)
 
 
-def test_slurm_is_there(tmp_path, monkeypatch):
-    for name in doctor.SLURM:
-        (tmp_path / name).touch(mode=0o755)
+def test_slurm_that_does_not_answer(tmp_path, monkeypatch):
+    for name in (*doctor.SLURM, "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._slurm().good
+    check = doctor._slurm()
+    assert (check.good, check.needed) == (False, False)
+    assert "slurmctld or munge is down" in check.text
 
 
 # --- the limit --------------------------------------------------------------------------------------------------------

@@ -55,6 +55,13 @@ class Commands:
         """Return the cluster's configuration."""
         return text.settings(self._run("scontrol", "show", "config").stdout.decode(errors="replace"))
 
+    def launch_ways(self) -> tuple[str, ...]:
+        """Return how srun can start MPI, such as ``"pmi2"``."""
+        output = self._run("srun", "--mpi=list")
+        lines = (output.stdout.decode(errors="replace") + output.stderr).splitlines()
+        words = [line.removeprefix("srun:").split() for line in lines if "types are" not in line]
+        return tuple(word[0] for word in words if len(word) == 1 and word[0] not in {"none", "cray_shasta"})
+
     def own_job(self, number: int) -> QueuedJob | None:
         """Return one job; None if Slurm doesn't know it. By squeue, since scontrol has JSON for jobs from 24.05 on only."""
         try:

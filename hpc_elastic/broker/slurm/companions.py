@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,11 +20,15 @@ T = TypeVar("T")
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """A companion that was asked for: for how many ranks, when (seconds since the epoch), and Slurm's number of it."""
+    """A companion that was asked for: for how many ranks, and when (seconds since the epoch).
+
+    `allocation` is Slurm's number of it, and `end_s` when it ends at the latest, once that is known.
+    """
 
     ranks: int
     time: float
     allocation: int = 0
+    end_s: float = 0.0
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +151,12 @@ class Files:
         """Write down that a companion is asked for, or Slurm's number of it."""
         self.put(self.path(number, "asked.json"), msgspec.json.encode(asked))
         (self.folder / str(number)).mkdir(mode=0o700, exist_ok=True)
+
+    def limit(self, companion: Companion, end_s: float) -> None:
+        """Write down when a companion ends at the latest, for people."""
+        asked = msgspec.structs.replace(companion.asked, end_s=end_s)
+        self._known[companion.number] = replace(companion, asked=asked)
+        self.ask(companion.number, asked)
 
     def release(self, number: int) -> None:
         """Let a companion's agent end it."""

@@ -181,5 +181,16 @@ class Desk:
                 pause = min(max(QUEUE_EVERY_S, 10 * took), LONGEST_BACK_OFF_S)
                 with self._lock:
                     self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=begun, trouble="")
+                self._note_limits(snapshot)
             self._look.wait(pause)
             self._look.clear()
+
+    def _note_limits(self, snapshot: Snapshot) -> None:
+        """Write down when companions end at the latest, where that is new."""
+        for companion in self.state.companions.values():
+            if companion.held is None or companion.end is not None or not companion.asked.allocation:
+                continue
+            job = snapshot.job(companion.asked.allocation)
+            if job is not None and job.running and (job.end_s or 0.0) != companion.asked.end_s:
+                with contextlib.suppress(OSError):
+                    self._files.limit(companion, job.end_s or 0.0)

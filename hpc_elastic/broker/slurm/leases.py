@@ -1,0 +1,51 @@
+"""The companions of a run, for people: on which nodes they are, what becomes of them, and when they end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from .companions import Companion, Files
+
+
+def found(run_path: Path) -> list[dict[str, Any]]:
+    """Return the companions of the run in `run_path` that have not ended: none if it has no broker for Slurm."""
+    if not (run_path / "companions").is_dir():
+        return []
+    return [_told(companion) for companion in Files(run_path).read().values() if companion.end is None]
+
+
+def _told(companion: Companion) -> dict[str, Any]:
+    held = companion.held
+    return {
+        "companion": companion.number,
+        "job": companion.asked.allocation or None,
+        "node": held.node if held else None,
+        "ranks": companion.asked.ranks,
+        "state": _state(companion),
+        "since": held.time if held else companion.asked.time,
+        "end": companion.asked.end_s or None,
+    }
+
+
+def _state(companion: Companion) -> str:
+    if companion.released:
+        return "given back"
+    if companion.told:
+        return "told by Slurm to go"
+    return "held" if companion.held else "asked for"
+
+
+def lines(companions: list[dict[str, Any]]) -> list[str]:
+    """Return what `found` returned, a line each."""
+    return [_line(each) for each in companions]
+
+
+def _line(each: dict[str, Any]) -> str:
+    where = each["node"] or "no node yet"
+    job = f"job {each['job']}" if each["job"] else "not submitted yet"
+    slots = f"{each['ranks']} rank{'s' if each['ranks'] != 1 else ''}"
+    since = time.strftime("%H:%M:%S", time.localtime(each["since"]))
+    end = f", ends {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(each['end']))} at the latest" if each["end"] else ""
+    return f"companion {each['companion']}: {where}, {job}, for {slots}, {each['state']} since {since}{end}"
