@@ -30,7 +30,7 @@ class Submitted(Elastic):
 
 
 def test_goes_on_after_its_time_limit(cluster, tmp_path):
-    """The signal that Slurm sends before the limit is sent by hand: Slurm may send it a minute sooner than it was asked to."""
+    """The signal that comes before the limit is sent by hand: Slurm may send it a minute sooner than it was asked to."""
     (tmp_path / "static").mkdir()
     static = computed(cluster, tmp_path / "static", EPOCHS)
     job = Submitted(cluster, tmp_path)
