@@ -1,14 +1,15 @@
 """Agent of a companion: starts newcomers there, and ends the companion when the job needs it no more.
 
+    python -I -S agent.py --step RUN N QUIET_S      a step of companion N, an allocation of one node (`hpc_elastic.starter`)
     python -I -S agent.py RUN N QUIET_S             the script of companion N, a batch job of one node
-    python -I -S agent.py --sentinel RUN N          a step in it, which is told when the companion is to go
+    python -I -S agent.py --sentinel RUN N          a step in that, which is told when the companion is to go
 
-Run by path, it imports nothing of the package. It is the companion's batch script, so the companion ends with it, and nobody
-else has to be there for that. In the run directory, below ``companions``, it
+Run by path, it imports nothing of the package. The companion ends with it, and nobody else has to be there for that: with
+its script, or by the agent's own word to Slurm. In the run directory, below ``companions``, it
 
 - writes ``N.held.json``: where it is, and what it may use; then touches ``N.beat`` four times a second, as its sign of life;
 - runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer;
-- has ``N.term`` made when Slurm sends SIGTERM, as it does to steps, and not to batch scripts, before it takes the node away;
+- makes ``N.term`` when Slurm sends SIGTERM, as it does to steps, and not to batch scripts, before it takes the node away;
 - ends, once no guard is left, when ``N.release`` is there, or the job has ended; and in any case when no rank of the job has
   given a sign of life for ``QUIET_S`` seconds, or the run directory is gone. ``N.end`` says why.
 """
@@ -24,6 +25,7 @@ import time
 
 POLL_S, LOOK_S = 0.02, 0.25
 GRACE_S = 5.0  # for guards to end their ranks
+LONGEST_PAUSE_S = 8.0  # between tries to have Slurm end the companion
 GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
 LEFT = ("ended", "stopped")
 
@@ -31,8 +33,8 @@ LEFT = ("ended", "stopped")
 class Agent:
     """The agent of one companion."""
 
-    def __init__(self, run: str, number: str, quiet_s: float) -> None:
-        self.run, self.number, self.quiet_s = run, number, quiet_s
+    def __init__(self, run: str, number: str, quiet_s: float, *, is_step: bool = False) -> None:
+        self.run, self.number, self.quiet_s, self.is_step = run, number, quiet_s, is_step
         self.orders = os.path.join(run, "companions", number)
         self.guards: dict[int, subprocess.Popen[bytes]] = {}
         self.sentinel: subprocess.Popen[bytes] | None = None
@@ -62,8 +64,14 @@ class Agent:
             "pid": os.getpid(),
             "time": time.time(),
         }
+        if self.is_step:
+            signal.signal(signal.SIGTERM, self.told)
+            out = os.open(self.file("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+        else:
+            self.watch_for_term(node)
         self.put("held.json", json.dumps(held))
-        self.watch_for_term(node)
         next_look = 0.0
         while True:
             self.obey()
@@ -76,6 +84,10 @@ class Agent:
                 if why:
                     return why
             time.sleep(POLL_S)
+
+    def told(self, *_: object) -> None:
+        """Say that Slurm has told the companion to go: the ranks have a while to leave."""
+        say_term(self.run, self.number)
 
     def watch_for_term(self, node: str) -> None:
         """Start the step that Slurm tells."""
@@ -174,19 +186,32 @@ class Agent:
             self.put("end", why)
         except OSError:
             pass  # the run directory is gone
+        if self.is_step:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Have Slurm end the companion, and this step with it; slurmctld may be away for a while."""
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        pause_s = 0.25
+        while True:
+            done = subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False, capture_output=True)
+            if done.returncode == 0 or b"nvalid job id" in done.stderr:
+                return
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def say_term(run: str, number: str) -> None:
+    """Make the file that says that Slurm has told the companion to go."""
+    try:
+        os.close(os.open(os.path.join(run, "companions", f"{number}.term"), os.O_WRONLY | os.O_CREAT, 0o600))
+    except OSError:
+        pass
 
 
 def sentinel(run: str, number: str) -> None:
     """Say so when SIGTERM comes."""
-    path = os.path.join(run, "companions", f"{number}.term")
-
-    def told(*_: object) -> None:
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        except OSError:
-            pass
-
-    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGTERM, lambda *_: say_term(run, number))
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -198,7 +223,9 @@ def main() -> None:
     if arguments[0] == "--sentinel":
         sentinel(arguments[1], arguments[2])
         return
-    agent = Agent(arguments[0], arguments[1], float(arguments[2]))
+    is_step = arguments[0] == "--step"
+    run, number, quiet_s = arguments[1:] if is_step else arguments
+    agent = Agent(run, number, float(quiet_s), is_step=is_step)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     why = "it was told to end"
     try:

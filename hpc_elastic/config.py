@@ -57,7 +57,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     node_hours : float
         With the broker ``slurm``: node-hours that may be used besides the job's own allocation; 0 for no limit.
     slurm_options : str
-        With the broker ``slurm``: further options of sbatch for the nodes that are asked for.
+        With the broker ``slurm``: further options of salloc (or sbatch) for the nodes that are asked for.
+    companions : {"salloc", "sbatch"}
+        With the broker ``slurm``: how nodes are asked for. ``salloc`` gets idle ones at once; with ``sbatch`` they begin
+        when the scheduler comes to them, for clusters that have batch jobs only.
     microbatches : int
         Number L of microbatches in a step: it fixes the order of the sum, and no more than L ranks can share a step.
     seed : int
@@ -110,6 +113,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     patience_s: float = 10.0
     node_hours: float = 0.0
     slurm_options: str = ""
+    companions: Literal["salloc", "sbatch"] = "salloc"
     microbatches: int = 16
     seed: int = 0
     hold: bool = False

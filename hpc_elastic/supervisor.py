@@ -14,6 +14,7 @@ import msgspec
 
 from . import events, launching
 from .attempt import Attempt, lose
+from .broker.slurm import leases
 from .checkpoint import Checkpoint, Store
 from .comm.vendor import prepare
 from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, build
@@ -121,6 +122,7 @@ class Supervisor:
                 return code
         finally:
             self._progress.close()
+            leases.end(self.run.path)
             self._lock.close()
 
     def _attempt(self) -> int | None:

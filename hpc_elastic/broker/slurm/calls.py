@@ -43,10 +43,15 @@ class Output(msgspec.Struct, frozen=True):
     late: bool = False
 
 
-def clean(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` without what belongs to a job or a launcher, and with messages in English."""
-    kept = {name: value for name, value in environment.items() if name in WHERE or not name.startswith(FOREIGN)}
+def clean(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return `variables` without what belongs to a job or a launcher, and with messages in English."""
+    kept = {name: value for name, value in variables.items() if name in WHERE or not name.startswith(FOREIGN)}
     return kept | {"LC_ALL": "C"}
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for Slurm's commands, and for what they start."""
+    return clean(os.environ)
 
 
 class Calls:
@@ -76,7 +81,7 @@ class Calls:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=clean(os.environ),
+                env=environment(),
                 start_new_session=True,  # a Ctrl-C at the terminal must not withdraw nodes
             )
         except OSError as error:

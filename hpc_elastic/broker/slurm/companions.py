@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -87,12 +88,40 @@ class Companion:
 
 
 MARK = "hpc_elastic "  # with what the comments of companions begin, this job's and others'
+SILENT_S = 20.0  # an agent gives a sign of life four times a second; a shared file system may be late with it
 MOST_RANKS = 1024  # a companion's, so that each has slots of its own
 
 
 def companion_of(slot: int) -> int:
     """Return the number of the companion that a slot belongs to, -1 for the job's own allocation."""
     return slot // MOST_RANKS - 1
+
+
+class Silences:
+    """Finds companions whose agent is gone: nobody else would end them.
+
+    Only changes of a sign of life count, by the clock here, and only while this process looks often enough itself.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[float, float]] = {}  # companion -> its last sign, and when that was seen
+        self._looked = 0.0
+        self._told: set[int] = set()
+
+    def new(self, companions: Mapping[int, Companion], now: float) -> list[int]:
+        """Return those that have fallen silent since the last call, at `now` of a monotonic clock in seconds."""
+        paused, self._looked = now - self._looked > SILENT_S / 4, now
+        found = []
+        for number, companion in companions.items():
+            if companion.held is None or companion.end is not None or number in self._told:
+                continue
+            beat, since = self._seen.get(number, (-1.0, now))
+            if paused or companion.beat != beat:
+                self._seen[number] = companion.beat, now
+            elif now - since > SILENT_S:
+                self._told.add(number)
+                found.append(number)
+        return found
 
 
 class Files:
@@ -135,6 +164,8 @@ class Files:
         if before is not None and before.end is not None:
             return before
         asked = before.asked if before is not None and before.asked.allocation else self._get(number, "asked.json", Asked)
+        if not asked.allocation and "job" in there:
+            asked = msgspec.structs.replace(asked, allocation=int(self.path(number, "job").read_text()))
         held = before.held if before is not None else None
         if held is None and "held.json" in there:
             held = self._get(number, "held.json", Held)

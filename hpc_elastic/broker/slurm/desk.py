@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...errors import SlurmError, SlurmUnreachable
-from .companions import Asked, Companion, Files
+from .companions import Asked, Companion, Files, Silences
+from .getting import TRIES_FOR_S
 
 if TYPE_CHECKING:
+    from .getting import Getting
     from .reading import Slurm
     from .seen import Snapshot
     from .wishes import Needs
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 FILES_EVERY_S = 0.02
 QUEUE_EVERY_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
-TRIES_FOR_S = 60.0  # how long an order is tried while Slurm can't be reached
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,16 @@ class Desk:
         The companions' files.
     needs : callable
         Asks Slurm what a companion needs.
-    script : callable
-        Returns the batch script of companion `number`.
+    getting : Getting
+        How companions are got.
     """
 
-    def __init__(self, slurm: Slurm, files: Files, needs: Callable[[], Needs], script: Callable[[int], str]) -> None:
+    def __init__(self, slurm: Slurm, files: Files, needs: Callable[[], Needs], getting: Getting) -> None:
         self._slurm = slurm
         self._files = files
         self._needs = needs
-        self._script = script
+        self._getting = getting
+        self._silences = Silences()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._look = threading.Event()
@@ -87,9 +89,8 @@ class Desk:
         """Ask for companion `number`. It is written down before this returns."""
         asked = Asked(ranks=ranks, time=time.time())
         self._files.ask(number, asked)
-        own = (f"--comment={self._files.name(number)}", f"--output={self._files.path(number, 'out')}")
-        options = (*options, *own, f"--chdir={self._files.folder}")
-        self._orders.put(lambda: self._submit(number, asked, options))
+        options = (*options, f"--comment={self._files.name(number)}", f"--chdir={self._files.folder}")
+        self._orders.put(lambda: self._get(number, asked, options))
 
     def release(self, number: int) -> None:
         """Give companion `number` back; its agent ends it at once when nobody runs there."""
@@ -121,22 +122,11 @@ class Desk:
                     pass  # what came of it stands in the companion's files
                 break
 
-    def _submit(self, number: int, asked: Asked, options: tuple[str, ...]) -> None:
+    def _get(self, number: int, asked: Asked, options: tuple[str, ...]) -> None:
         if self._files.path(number, "release").exists():
             self._files.end(number, "it was withdrawn")
-            return
-        # After an answer that did not come, the job may exist all the same.
-        allocation = self._known(number) or 0
-        try:
-            allocation = allocation or self._slurm.submit(self._script(number), options)
-        except SlurmUnreachable as problem:
-            if time.time() - asked.time > TRIES_FOR_S:
-                self._files.end(number, str(problem))
-            raise
-        except SlurmError as problem:
-            self._files.end(number, str(problem))
-            raise
-        self._files.ask(number, msgspec.structs.replace(asked, allocation=allocation))
+        else:
+            self._getting.get(number, asked, options, self._known)
 
     def _known(self, number: int) -> int | None:
         snapshot = self.state.snapshot
@@ -159,6 +149,8 @@ class Desk:
         while True:
             with contextlib.suppress(OSError, msgspec.MsgspecError):
                 companions = self._files.read()
+                for number in self._silences.new(companions, time.monotonic()):
+                    self.cancel(number, "its agent has given no sign of life any more")
                 if companions != self.state.companions:
                     with self._lock:
                         self.state = replace(self.state, companions=companions)

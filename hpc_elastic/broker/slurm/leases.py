@@ -1,12 +1,18 @@
-"""The companions of a run, for people: on which nodes they are, what becomes of them, and when they end."""
+"""The companions of a run from outside: what becomes of them, for people, and their end when the run is over."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
+from ...errors import SlurmError
+from .commands import Commands
 from .companions import Companion, Files
+
+AGENTS_S = 3.0  # how long agents may take to end their companions
+LOOK_S = 0.02
 
 
 def found(run_path: Path) -> list[dict[str, Any]]:
@@ -49,3 +55,23 @@ def _line(each: dict[str, Any]) -> str:
     since = time.strftime("%H:%M:%S", time.localtime(each["since"]))
     end = f", ends {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(each['end']))} at the latest" if each["end"] else ""
     return f"companion {each['companion']}: {where}, {job}, for {slots}, {each['state']} since {since}{end}"
+
+
+def end(run_path: Path) -> None:
+    """End the companions of a run that is over: by their agents, and by Slurm where there is none any more."""
+    if not (run_path / "companions").is_dir():
+        return
+    files = Files(run_path)
+
+    def left() -> list[Companion]:
+        return [companion for companion in files.read().values() if companion.end is None]
+
+    for companion in left():
+        files.release(companion.number)
+    deadline = time.monotonic() + AGENTS_S
+    while left() and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    numbers = [companion.asked.allocation for companion in left() if companion.asked.allocation]
+    if numbers:
+        with contextlib.suppress(SlurmError):
+            Commands().cancel(numbers)

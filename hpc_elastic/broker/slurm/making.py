@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +15,14 @@ from .broker import Limits, SlurmBroker
 from .choosing import choose
 from .companions import Files
 from .desk import Desk
+from .getting import AtOnce, Getting, Queued
 from .wishes import Needs
 
 if TYPE_CHECKING:
     from ...config import Config
     from ...model import Lease
 
-AGENT = Path(__file__).parent.parent.parent / "agent.py"
 OWN = "own.json"
-QUIET_S = 30.0  # without a sign of life of any rank, a companion ends itself
 
 
 def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBroker:
@@ -61,10 +59,9 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
             files.put(files.folder / OWN, msgspec.json.encode(found))
         return found
 
-    def script(companion: int) -> str:
-        words = [sys.executable, "-I", "-S", str(AGENT), str(run_path), str(companion), f"{QUIET_S:g}"]
-        return f"#!/bin/sh\nexec {shlex.join(words)}\n"
-
+    getting: Getting = (
+        AtOnce(run_path, files, config.patience_s) if config.companions == "salloc" else Queued(run_path, files, slurm)
+    )
     limits = Limits(
         considerate=config.decides != "greedy",
         ranks_per_node=config.ranks_per_node,
@@ -72,7 +69,7 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
         node_hours=config.node_hours,
         own_slots=host == socket.gethostname(),
     )
-    return SlurmBroker(Desk(slurm, files, needs, script), limits, leases)
+    return SlurmBroker(Desk(slurm, files, needs, getting), limits, leases)
 
 
 def _kept(path: Path) -> Needs | None:

@@ -35,7 +35,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     cpus : int
         CPUs that the ranks of one node need.
     options : tuple of str
-        Further options of sbatch, which win.
+        Further options of these, which win.
     """
 
     job: int
@@ -70,8 +70,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def asked(self, now_s: float, exclude: Sequence[str] = ()) -> tuple[str, ...]:
-        """Return the options of sbatch for one companion that is asked for now."""
-        found = ["--nodes=1", "--ntasks=1", "--exclusive", "--no-requeue", f"--job-name={self.name or 'hpc_elastic'}+"]
+        """Return the options of salloc or sbatch for one companion that is asked for now."""
+        found = ["--nodes=1", "--ntasks=1", "--exclusive", f"--job-name={self.name or 'hpc_elastic'}+"]
         for option in ("partition", "account", "qos", "reservation", "gres"):
             value = getattr(self, option)
             if value:
