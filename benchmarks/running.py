@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -44,19 +44,32 @@ class Running:
         Its arguments; the folder for the stamps is put in behind the first.
     parent : Path, optional
         Where its folder is made.
+    under : sequence of str
+        Command that it is run by.
+    environ : mapping, optional
+        More of its environment.
     """
 
-    def __init__(self, options: list[str], script: str, first: str, *others: object, parent: Path | None = None) -> None:
+    def __init__(
+        self,
+        options: list[str],
+        script: str,
+        first: str,
+        *others: object,
+        parent: Path | None = None,
+        under: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
         self._stamps = folder / "stamps"
         self._stamps.mkdir()
         self._path = folder / "run"
         # A rank has one core: BLAS must not start threads for all of them. And a newcomer must not compile all modules anew.
-        environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-        environ["OMP_NUM_THREADS"] = "1"
+        own = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        own |= {"OMP_NUM_THREADS": "1", **(environ or {})}
         ours = ["--run-dir", str(self._path), "--progress", "off", *options]
         arguments = [str(Path(__file__).parent / script), first, str(self._stamps), *map(str, others)]
-        self.process = subprocess.Popen([*PROGRAM, "run", *ours, *arguments], stdout=sys.stderr, env=environ)
+        self.process = subprocess.Popen([*under, *PROGRAM, "run", *ours, *arguments], stdout=sys.stderr, env=own)
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +89,11 @@ class Running:
             shutil.rmtree(self._folder)
         else:
             print(f"kept: {self._folder}", file=sys.stderr)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._path
 
     # --- what it shows ------------------------------------------------------------------------------------------------
 

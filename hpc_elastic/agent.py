@@ -189,8 +189,36 @@ class Agent:
         if self.is_step:
             self.give_up()
 
+    def let_go(self) -> None:
+        """End each ``srun`` here whose step is another companion's agent, so that it goes on when this companion ends.
+
+        srun's second process would end the step, if it saw the first one go.
+        """
+        folder, host = os.path.join(self.run, "companions"), os.uname().nodename
+        for name in os.listdir(folder):
+            stem, kind = os.path.splitext(name)
+            if kind != ".step" or os.path.exists(os.path.join(folder, f"{stem}.end")):
+                continue
+            try:
+                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                    pid, where = file.read().split(" ", 1)
+                with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+                    words = file.read().split("\0")
+                if where != host or self.run not in words:
+                    continue
+                with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+                    others = file.read().split()
+                for each in (*others, pid):
+                    os.kill(int(each), signal.SIGKILL)
+            except (OSError, ValueError):
+                continue  # it has ended
+
     def give_up(self) -> None:
         """Have Slurm end the companion, and this step with it; slurmctld may be away for a while."""
+        try:
+            self.let_go()
+        except OSError:
+            pass  # the run directory is gone
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         pause_s = 0.25
         while True:

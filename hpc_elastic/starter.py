@@ -9,9 +9,11 @@ runs there: so one program does both, whatever becomes of the rank that asked. I
 - writes ``N.job``, Slurm's number of the allocation, as soon as that is known;
 - withdraws the request when ``N.release`` is there, after ``LIMIT_S`` seconds, or on SIGTERM;
 - starts the agent as a step, and ends the allocation if that fails;
-- once the agent has said that it is there (``N.held.json``), gives the step up: nothing on this host is needed for it then.
+- once the agent has said that it is there (``N.held.json``), leaves ``srun`` to itself, and says in ``N.step`` where that is.
 
-It ends with 0 if the agent runs, and else with what Slurm's commands said on stderr.
+It ends with 0 if the agent runs, and else with what Slurm's commands said on stderr. The step ends if its ``srun`` is told to,
+as at the end of the job that runs here. If this host is a companion, its agent ends ``srun`` before that in a way that the step
+does not notice. (It always could be done so; but then Slurm needs 2 s more to end the step.)
 """
 
 from __future__ import annotations
@@ -97,41 +99,25 @@ class Starter:
 
     def begin(self) -> bool:
         """Start the agent, and tell whether it runs."""
-        step = subprocess.Popen(
-            ["srun", f"--jobid={self.job}", *STEP, *self.agent],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        deadline = time.monotonic() + AGENT_S
-        while not os.path.exists(self.file("held.json")):
-            if step.poll() is not None or self.told or time.monotonic() > deadline:
-                step.terminate()
-                self.end()
-                assert step.stderr is not None
-                try:
-                    self.words = step.communicate(timeout=END_S)[1].decode(errors="replace")
-                except subprocess.TimeoutExpired:
-                    self.abandon(step.pid)
-                return False
-            time.sleep(POLL_S)
-        self.abandon(step.pid)
-        step.wait()
+        with open(self.file("srun"), "w+b", opener=lambda path, flags: os.open(path, flags, 0o600)) as stderr:
+            null = subprocess.DEVNULL
+            step = subprocess.Popen(
+                ["srun", f"--jobid={self.job}", *STEP, *self.agent], stdin=null, stdout=null, stderr=stderr
+            )
+            deadline = time.monotonic() + AGENT_S
+            while not os.path.exists(self.file("held.json")):
+                if step.poll() is not None or self.told or time.monotonic() > deadline:
+                    self.end()
+                    try:
+                        step.wait(END_S)
+                    except subprocess.TimeoutExpired:
+                        step.kill()
+                    stderr.seek(0)
+                    self.words = stderr.read().decode(errors="replace")
+                    return False
+                time.sleep(POLL_S)
+        self.put("step", f"{step.pid} {os.uname().nodename}")
         return True
-
-    @staticmethod
-    def abandon(pid: int) -> None:
-        """End srun so that its step goes on: its second process would end that, if it saw the first one go."""
-        try:
-            with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-                others = [int(word) for word in file.read().split()]
-        except OSError:
-            others = []
-        for each in (*others, pid):
-            try:
-                os.kill(each, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def end(self) -> None:
         """End the allocation."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -52,6 +52,19 @@ class Cluster:
         """The environment of commands that are to speak to the cluster."""
         own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         return {**own, "SLURM_CONF": str(self.folder / "slurm.conf"), MARK: str(self.folder)}
+
+    @contextlib.contextmanager
+    def in_environ(self) -> Iterator[None]:
+        """Have this process's own commands speak to the cluster inside a ``with`` block."""
+        before = os.environ.get("SLURM_CONF")
+        os.environ["SLURM_CONF"] = self.environ["SLURM_CONF"]
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["SLURM_CONF"]
+            else:
+                os.environ["SLURM_CONF"] = before
 
     # --- up and down --------------------------------------------------------------------------------------------------
 
