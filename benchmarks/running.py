@@ -48,6 +48,8 @@ class Running:
         Command that it is run by.
     environ : mapping, optional
         More of its environment.
+    look_s : float
+        Time between looks at it, which cost it something on a machine of few cores.
     """
 
     def __init__(
@@ -59,14 +61,16 @@ class Running:
         parent: Path | None = None,
         under: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
+        look_s: float = LOOK_S,
     ) -> None:
+        self._look_s = look_s
         self._folder = folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
         self._stamps = folder / "stamps"
         self._stamps.mkdir()
         self._path = folder / "run"
         # A rank has one core: BLAS must not start threads for all of them. And a newcomer must not compile all modules anew.
-        own = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-        own |= {"OMP_NUM_THREADS": "1", **(environ or {})}
+        own = {**os.environ, **(environ or {}), "OMP_NUM_THREADS": "1"}
+        own.pop("PYTHONDONTWRITEBYTECODE", None)
         ours = ["--run-dir", str(self._path), "--progress", "off", *options]
         arguments = [str(Path(__file__).parent / script), first, str(self._stamps), *map(str, others)]
         self.process = subprocess.Popen([*under, *PROGRAM, "run", *ours, *arguments], stdout=sys.stderr, env=own)
@@ -143,7 +147,7 @@ class Running:
                 raise BrokenError(f"the job ended with exit code {self.process.returncode} before {what}")
             if time.monotonic() > deadline:
                 raise BrokenError(f"{what}: not within {limit_s:.0f} s")
-            time.sleep(LOOK_S)
+            time.sleep(self._look_s)
 
     def stop(self) -> None:
         """Stop it, and see that it ends well."""

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,16 +46,18 @@ SETTINGS = ("broker=slurm", "stall_s=10")
 @contextmanager
 def cluster(nodes: int, **shape: Any) -> Iterator[Cluster]:
     """Have a cluster, to which this process's own commands speak."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        with Cluster(Path(folder) / "c", Shape(nodes, **shape)) as up, up.in_environ():
-            yield up
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))
+        up = stack.enter_context(Cluster(Path(folder) / "c", Shape(nodes, **shape)))
+        stack.enter_context(up.in_environ())
+        yield up
 
 
 def job(up: Cluster, most: int, *settings: str) -> Running:
     """Start the job in an allocation of one node."""
     options = ["--max", str(most), *(word for each in (*SETTINGS, *settings) for word in ("--set", each))]
     under = ["salloc", "--quiet", "--nodes=1", "--exclusive", "--time=60"]
-    return Running(options, "losses_job.py", "numpy", TURNS, under=under, environ=up.environ)
+    return Running(options, "losses_job.py", "numpy", TURNS, under=under, environ=up.environ, look_s=0.2)
 
 
 def waits(up: Cluster) -> tuple[float, float]:

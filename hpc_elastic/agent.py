@@ -16,14 +16,17 @@ its script, or by the agent's own word to Slurm. In the run directory, below ``c
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
+from _json import encode_basestring_ascii as quoted  # json itself takes some ms to import, and the job waits for this
 
-POLL_S, LOOK_S = 0.02, 0.25
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+
+POLL_S, LOOK_S = 0.005, 0.25
 GRACE_S = 5.0  # for guards to end their ranks
 LONGEST_PAUSE_S = 8.0  # between tries to have Slurm end the companion
 GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
@@ -56,14 +59,12 @@ class Agent:
         """Serve until the companion is needed no more, and return why."""
         os.makedirs(self.orders, mode=0o700, exist_ok=True)
         node = os.environ.get("SLURMD_NODENAME", "")
-        held = {
-            "host": os.uname().nodename,
-            "node": node,
-            "allocation": os.environ.get("SLURM_JOB_ID", ""),
-            "gpus": next((os.environ[name] for name in GPUS if os.environ.get(name)), ""),
-            "pid": os.getpid(),
-            "time": time.time(),
-        }
+        gpus = next((os.environ[name] for name in GPUS if os.environ.get(name)), "")
+        held = (
+            f'{{"host":{quoted(os.uname().nodename)},"node":{quoted(node)},'
+            f'"allocation":{quoted(os.environ.get("SLURM_JOB_ID", ""))},"gpus":{quoted(gpus)},'
+            f'"pid":{os.getpid()},"time":{time.time()}}}'
+        )
         if self.is_step:
             signal.signal(signal.SIGTERM, self.told)
             out = os.open(self.file("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -71,7 +72,7 @@ class Agent:
             os.dup2(out, 2)
         else:
             self.watch_for_term(node)
-        self.put("held.json", json.dumps(held))
+        self.put("held.json", held)
         next_look = 0.0
         while True:
             self.obey()
@@ -93,6 +94,8 @@ class Agent:
         """Start the step that Slurm tells."""
         if not node:
             return  # not in Slurm: a test
+        import subprocess
+
         step = ["srun", "--overlap", "--quiet", "--ntasks=1", "--nodes=1", "--nodelist", node, "--mem=0", "--gres=none"]
         mine = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--sentinel", self.run, self.number]
         environ = {
@@ -105,6 +108,9 @@ class Agent:
 
     def obey(self) -> None:
         """Start what is to be started."""
+        import json
+        import subprocess
+
         try:
             names = os.listdir(self.orders)
         except OSError:
@@ -146,6 +152,8 @@ class Agent:
 
     def over(self) -> str:
         """Return why the job needs nobody any more, or nothing."""
+        import json
+
         for name, key, values in (("status.json", "state", ("ended", "stopped")), ("failure.json", "kind", ("error",))):
             try:
                 with open(os.path.join(self.run, name), encoding="utf-8") as file:
@@ -172,6 +180,8 @@ class Agent:
 
     def end(self, why: str) -> None:
         """End all that was started here, and say why."""
+        import subprocess
+
         for guard in self.guards.values():
             guard.terminate()
         deadline = time.monotonic() + GRACE_S
@@ -215,6 +225,8 @@ class Agent:
 
     def give_up(self) -> None:
         """Have Slurm end the companion, and this step with it; slurmctld may be away for a while."""
+        import subprocess
+
         try:
             self.let_go()
         except OSError:

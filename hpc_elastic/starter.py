@@ -9,11 +9,11 @@ runs there: so one program does both, whatever becomes of the rank that asked. I
 - writes ``N.job``, Slurm's number of the allocation, as soon as that is known;
 - withdraws the request when ``N.release`` is there, after ``LIMIT_S`` seconds, or on SIGTERM;
 - starts the agent as a step, and ends the allocation if that fails;
-- once the agent has said that it is there (``N.held.json``), leaves ``srun`` to itself, and says in ``N.step`` where that is.
+- once the agent has said that it is there (``N.held.json``), leaves ``srun`` to itself; ``N.step`` says where that is.
 
-It ends with 0 if the agent runs, and else with what Slurm's commands said on stderr. The step ends if its ``srun`` is told to,
-as at the end of the job that runs here. If this host is a companion, its agent ends ``srun`` before that in a way that the step
-does not notice. (It always could be done so; but then Slurm needs 2 s more to end the step.)
+It ends with 0 if the agent runs, and else with what Slurm's commands said on stderr. The step ends if its ``srun`` is told
+to, as at the end of the job that runs here. If this host is a companion, its agent ends ``srun`` before that in a way that
+the step does not notice. (So it could be done at once; but without its ``srun`` Slurm takes 2 s more to end a step.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import time
 from itertools import pairwise
 
-POLL_S, AGENT_S, END_S = 0.01, 30.0, 5.0
+POLL_S, AGENT_S, END_S = 0.005, 30.0, 5.0
 TRIES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)  # between tries to end an allocation: slurmctld may be away
 STEP = ("--nodes=1", "--ntasks=1", "--cpu-bind=none", "--mpi=none", "--input=none", "--output=none", "--error=none")
 

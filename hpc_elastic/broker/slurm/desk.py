@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .seen import Snapshot
     from .wishes import Needs
 
-FILES_EVERY_S = 0.02
+FILES_EVERY_S = 0.01
 QUEUE_EVERY_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
 
