@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -53,10 +53,10 @@ def cluster(nodes: int, **shape: Any) -> Iterator[Cluster]:
         yield up
 
 
-def job(up: Cluster, most: int, *settings: str) -> Running:
+def job(up: Cluster, most: int, *settings: str, more: Sequence[str] = ()) -> Running:
     """Start the job in an allocation of one node."""
     options = ["--max", str(most), *(word for each in (*SETTINGS, *settings) for word in ("--set", each))]
-    under = ["salloc", "--quiet", "--nodes=1", "--exclusive", "--time=60"]
+    under = ["salloc", "--quiet", "--nodes=1", "--exclusive", "--time=60", *more]
     return Running(options, "losses_job.py", "numpy", TURNS, under=under, environ=up.environ, look_s=0.2)
 
 
@@ -132,9 +132,10 @@ def come_and_go(rounds: int) -> Iterator[Record]:
 def large(nodes: int, jobs: int, rounds: int) -> Iterator[Record]:
     """Yield what it costs to watch a large queue."""
     with cluster(nodes, cpus=1, memory_mb=100) as up:
-        submit = ["sbatch", "--output=/dev/null", f"--nodes={nodes}", "--exclusive", "--wrap", "sleep 1000"]
+        submit = ["sbatch", "--output=/dev/null", "--exclusive", "--wrap", "sleep 1000"]
+        up.run([*submit, "--nodes=1"])  # as long as it runs, none of the others can
         for number in range(jobs):
-            up.run([*submit, f"--job-name=job{number}"])
+            up.run([*submit, f"--nodes={nodes}", f"--job-name=job{number}"])
         context: dict[str, Any] = {"slurm": Commands().release(), "nodes": nodes, "jobs": jobs}
         commands, wall, cpu = Commands(), [], []
         own = next(iter(commands.snapshot().jobs))
@@ -149,7 +150,6 @@ def large(nodes: int, jobs: int, rounds: int) -> Iterator[Record]:
             cpu.append(1e3 * (time.process_time() - spent))
         yield record("poll_cpu_ms", cpu, "ms", context, GOALS["poll_cpu_ms"])
         yield record("poll_ms", wall, "ms", context)
-        up.run(["scancel", "--state=RUNNING", "--user=root"])
         took: dict[str, list[float]] = {"slurm": [], "local": []}
         for _ in range(rounds):
             for broker, values in took.items():
@@ -161,7 +161,7 @@ def large(nodes: int, jobs: int, rounds: int) -> Iterator[Record]:
 
 def step_s(up: Cluster, broker: str) -> float:
     """Return how long a step takes, on average over some seconds, with a `broker`."""
-    with job(up, 1, f"broker={broker}", "slots=1") as running:
+    with job(up, 1, f"broker={broker}", "slots=1", more=["--partition=urgent"]) as running:
         running.until(lambda: running.steady(1, 400), "steps")
         (rows,) = running.rows().values()
         running.stop()

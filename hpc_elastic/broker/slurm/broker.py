@@ -74,6 +74,7 @@ class SlurmBroker:
         self._bars: dict[str, float] = {}  # node -> until when it is not used
         self._slot_bars: dict[int, float] = {}
         self._judged: tuple[object, Queue] = None, Queue()
+        self._seen: tuple[tuple[object, object, object], Room] = (None, None, None), Room(())
         self._next = max(desk.state.companions, default=-1) + 1
         held = {companion_of(lease.slot) for lease in leases}
         for number, companion in desk.state.companions.items():
@@ -192,12 +193,17 @@ class SlurmBroker:
         return {n: c.held.node for n, c in there if c.end is None and not c.released and c.held is not None}
 
     def _room(self, state: State, queue: Queue, now: float) -> Room:
+        """Return the room; worked out once for each reading, since a step asks several times."""
         coming = frozenset(
             c.held.node
             for c in state.companions.values()
             if c.held is not None and c.released and (c.end is None or now - c.ended_s < COMING_S)
         )
-        return queue.room(self._live(state), coming, is_considerate=self._limits.considerate)
+        before, room = self._seen
+        if before[0] is not queue or before[1] is not state.companions or before[2] != coming:
+            room = queue.room(self._live(state), coming, is_considerate=self._limits.considerate)
+            self._seen = (queue, state.companions, coming), room
+        return room
 
     def _free(self, state: State, queue: Queue, now: float) -> list[str]:
         """Return idle nodes that may be taken."""

@@ -67,13 +67,14 @@ def considerate(
     left, held, back, reasons = set(idle), dict(companions), [], []
     for job in waiting:
         there = left & job.could_use
-        # What the job can't use itself goes first.
-        spare = sorted(there, key=lambda node: (node in usable, node))
-        missing = job.nodes - len(spare)
+        missing = job.nodes - len(there)
+        if missing > len(held):
+            continue
         mine = [number for number in sorted(held, reverse=True) if held[number] in job.could_use]
         if missing > len(mine):
             continue
-        left -= set(spare[: job.nodes])
+        # What the job can't use itself goes first.
+        left -= set(sorted(there, key=lambda node: (node in usable, node))[: job.nodes])
         if missing > 0:
             for number in mine[:missing]:
                 del held[number]

@@ -167,20 +167,27 @@ def _state(node: Node) -> str:
 
 
 def _waiting(snapshot: Snapshot) -> tuple[Waiting, ...]:
-    found = []
+    found, suiting = [], {}  # many jobs of a queue are alike
     for job in sorted(snapshot.pending, key=lambda job: (-job.priority, job.id)):
         reason = job.reason.lower()
         if job.comment.startswith(MARK) or not (reason in WAITS_FOR_NODES or reason.startswith("reqnodenotavail")):
             continue
-        required, excluded = set(hosts.names(job.required_nodes)), set(hosts.names(job.excluded_nodes))
-        could_use = frozenset(
-            node.name
-            for node in snapshot.nodes
-            if not node.broken
-            and set(job.partitions) & set(node.partitions)
-            and _has(node, job.features)
-            and node.name not in excluded
-            and (not required or node.name in required)
-        )
-        found.append(Waiting(f"job {job.id}", max(job.node_count, 1), could_use))
+        wish = job.partitions, job.features, job.required_nodes, job.excluded_nodes
+        if wish not in suiting:
+            suiting[wish] = _could_use(snapshot, *wish)
+        found.append(Waiting(f"job {job.id}", max(job.node_count, 1), suiting[wish]))
     return tuple(found)
+
+
+def _could_use(snapshot: Snapshot, partitions: Sequence[str], features: str, required: str, excluded: str) -> frozenset[str]:
+    """Return the nodes that a job with such wishes could run on."""
+    wanted, unwanted = set(hosts.names(required)), set(hosts.names(excluded))
+    return frozenset(
+        node.name
+        for node in snapshot.nodes
+        if not node.broken
+        and set(partitions) & set(node.partitions)
+        and _has(node, features)
+        and node.name not in unwanted
+        and (not wanted or node.name in wanted)
+    )
