@@ -224,6 +224,24 @@ def above(pid, name):
     return pid
 
 
+def test_an_agent_that_is_killed(job, cluster, static):
+    """Nothing on its node would end the companion then: the leader does, and goes on without its ranks."""
+    job.submit(pause_s=0.06)
+    job.ranks(4)
+    held = json.loads(next(job.path.glob("companions/*.held.json")).read_text())
+    os.kill(held["pid"], signal.SIGKILL)
+    until(lambda: held["allocation"] not in cluster.run(["squeue", "--noheader", "--format=%i"]).stdout.split(), 60)
+    job.ended_well(static)
+    assert not happened(job.path, events.Restarted)
+
+
+def test_companions_that_are_batch_jobs(job, static_short):
+    job.submit(companions="sbatch", epochs=SHORT, pause_s=0.08)
+    job.ranks(4)
+    job.ended_well(static_short)
+    assert set(job.companions()) == {"COMPLETED"}
+
+
 def test_limits_of_node_hours(job, static):
     job.submit(node_hours=0.0001)
     job.ranks(4)
