@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo test search chaos test-slurm slurm-packages test-mpi bench check clean
+.PHONY: help setup demo test search chaos test-slurm slurm-packages test-mpi bench bench-slurm check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -66,6 +66,9 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.losses --json
 	$(BIN)/python -m benchmarks.checkpoints --json
 	$(BIN)/python -m benchmarks.checkpoints --machinery --json
+
+bench-slurm: setup slurm-packages  ## the benchmark of the broker, on a Slurm cluster of this machine (root)
+	$(BIN)/python -m benchmarks.slurm --json
 
 check: setup  ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

@@ -92,10 +92,12 @@ class Starter:
         os.rename(beside, self.file(kind))
 
     def say_why(self) -> None:
-        """Say why the agent does not run: to who waits for this, or, if nobody wants it, to all."""
-        sys.stderr.write(self.words)
-        if os.path.exists(self.file("release")) and not os.path.exists(self.file("end")):
-            self.put("end", "it was withdrawn")
+        """Say why the agent does not run: to who asked, who knows more, or to all if that one is gone."""
+        try:
+            os.write(2, f"{self.words}\n".encode())
+        except OSError:
+            if not os.path.exists(self.file("end")):
+                self.put("end", "it was withdrawn")
 
     def begin(self) -> bool:
         """Start the agent, and tell whether it runs."""

@@ -76,13 +76,14 @@ class Cluster:
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ClusterError(f"{self.folder} is not empty: take the cluster there down, or name another folder")
         try:
-            self._up()
+            with processes.free_ports(PORTS + (0 if self.shape.isolate else self.shape.nodes)) as ports:
+                self._up(ports)
         except BaseException:
             self.down()
             raise
         return self
 
-    def _up(self) -> None:
+    def _up(self, ports: Sequence[int]) -> None:
         import dataclasses
         import json
 
@@ -92,7 +93,6 @@ class Cluster:
         for name in FOLDERS:
             (folder / name).mkdir(mode=0o700)
         (folder / "shape.json").write_text(json.dumps(dataclasses.asdict(shape)))
-        ports = processes.free_ports(PORTS + (0 if shape.isolate else shape.nodes))
         (folder / "slurm.conf").write_text(configuration.slurm_conf(shape, folder, host, ports))
         (folder / "hosts").write_text(configuration.hosts(shape))
         key = folder / "munge" / "key"
@@ -133,6 +133,10 @@ class Cluster:
         if not processes.pid_of(self.folder, "slurmctld"):
             words = (self.folder / "log" / "slurmctld.out").read_text().strip().splitlines()
             raise ClusterError(f"slurmctld ended: {words[-1] if words else 'it did not say why'}")
+        for name in self.shape.names:
+            if not processes.pid_of(self.folder, name):
+                words = (self.folder / "log" / f"{name}.log").read_text().strip().splitlines()
+                raise ClusterError(f"slurmd of {name} ended: {words[-1] if words else 'it did not say why'}")
         done = self.run(["sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D"], check=False)
         return sum(map(int, done.stdout.split())) == self.shape.nodes
 

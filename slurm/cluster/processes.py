@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # of this process, so that it reaps them
 LOOK_S = 0.01
+FIRST_PORT = 10_000
 END_S = 5.0
 
 
@@ -31,13 +33,28 @@ def need(*programs: str) -> None:
         )
 
 
-def free_ports(n: int) -> list[int]:
-    """Return `n` ports of this machine that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+@contextlib.contextmanager
+def free_ports(n: int) -> Iterator[list[int]]:
+    """Yield `n` ports of this machine that nobody uses, and that no other cluster gets while the block lasts.
+
+    They are none that the kernel gives to whoever wants any: those are soon somebody's.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    there = [*range(FIRST_PORT, low), *range(high + 1, 1 << 16)]
+    random.SystemRandom().shuffle(there)
+    with contextlib.ExitStack() as claims:
+        found: list[int] = []
+        for port in there:
+            if len(found) == n:
+                break
+            claim = claims.enter_context(socket.socket(socket.AF_UNIX))
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                claim.bind(f"\0{__name__}.{port}")  # a name that is gone with this process
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+        if len(found) < n:
+            raise ClusterError(f"{n} ports are needed, and {len(found)} are free: end other clusters")
+        yield found
 
 
 def start(folder: Path, name: str, command: list[str], environ: Mapping[str, str]) -> int:

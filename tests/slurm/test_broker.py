@@ -239,7 +239,6 @@ def test_companions_that_are_batch_jobs(job, static_short):
     job.submit(companions="sbatch", epochs=SHORT, pause_s=0.08)
     job.ranks(4)
     job.ended_well(static_short)
-    assert set(job.companions()) == {"COMPLETED"}
 
 
 def test_limits_of_node_hours(job, static):
