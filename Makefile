@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo test search chaos test-slurm slurm-packages test-mpi bench bench-slurm check clean
+.PHONY: help setup demo demo-slurm test search chaos test-slurm slurm-packages test-mpi bench bench-slurm check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -40,6 +40,9 @@ $(READY): pyproject.toml
 
 demo: setup  ## the main job: train while ranks come and go, and compare with one static rank
 	$(BIN)/python -m jobs.image.demo
+
+demo-slurm: setup slurm-packages  ## one job on a Slurm cluster of this machine: others wait, preempt, a node crashes (root)
+	$(BIN)/python -m slurm.demo
 
 test: setup  ## all tests but those on a Slurm cluster, some of them side by side
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm $(TESTS)
