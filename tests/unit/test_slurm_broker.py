@@ -33,6 +33,9 @@ class StandIn:
     def cancel(self, number, why):
         self.told.append(("cancel", number, why))
 
+    def give_up(self, number, why):
+        self.told.append(("give up", number, why))
+
     def release(self, number):
         self.told.append(("release", number))
         self.companion(number, replace(self.state.companions[number], released=True))
@@ -127,7 +130,9 @@ def test_patience_ends(broker, desk, now):
     now[0] += 11
     poll(broker)
     poll(broker)
-    assert [told[:2] for told in desk.told] == [("ask", 0), ("cancel", 0)], "once"
+    assert [told[:2] for told in desk.told] == [("ask", 0), ("give up", 0)], "once"
+    desk.held(0, "n2")
+    assert poll(broker).leases == SEED, "what begins at the last moment is not used"
 
 
 def test_withdrawn(broker, desk):
@@ -166,7 +171,12 @@ def test_what_has_to_go(values, why, broker, desk):
     assert why in supply.why
 
 
-def test_who_waits_gets_what_lacks(desk, broker):
+def look(desk, now, nodes, *jobs):
+    now[0] += 1
+    desk.state = replace(desk.state, snapshot=Snapshot(nodes, jobs), read_s=now[0])
+
+
+def test_who_waits_gets_what_lacks(desk, broker, now):
     grown(broker, desk, 3)
     waiting = QueuedJob(9, partitions=("main",), reason="Resources", node_count=1, states=frozenset({"pending"}))
     nodes = tuple(Node(f"n{i}", frozenset({"allocated"}), cpus=4, partitions=("main",)) for i in range(1, 5))
@@ -174,7 +184,20 @@ def test_who_waits_gets_what_lacks(desk, broker):
     supply = poll(broker)
     assert [lease.companion for lease in supply.revoked] == [2]
     broker.release(supply.revoked)
-    assert not poll(broker).revoked, "what was given back a moment ago counts, though it is not idle yet"
+    assert not poll(broker).revoked, "what was given back counts, though it is not idle yet"
+    desk.change(2, end="", ended_s=1000.0)
+    now[0] += 20
+    given_back = QueuedJob(102, nodes="n4", states=frozenset({"completing"}))
+    look(desk, now, nodes, waiting, given_back)
+    assert not poll(broker).revoked, "Slurm is slow"
+    look(desk, now, nodes, waiting, QueuedJob(7, nodes="n4", states=frozenset({"running"})))
+    assert poll(broker).revoked, "another one has taken it"
+
+
+def test_a_job_that_has_begun_since_the_nodes_were_read(desk, broker, now):
+    nodes = tuple(Node(f"n{i}", frozenset({"idle"}), cpus=4, partitions=("main",)) for i in range(2, 5))
+    look(desk, now, nodes, QueuedJob(7, nodes="n[3-4]", node_count=2, states=frozenset({"running"})))
+    assert poll(broker).offered == 1
 
 
 def test_node_hours(desk, now):

@@ -82,7 +82,7 @@ def test_what_becomes_of_companions():
         QueuedJob(1, states=RUNNING, end_s=900.0),
     ]
     queue = seen([], *jobs, companions=companions)
-    assert (queue.preempted, queue.pending, queue.end_of) == ({0}, {1: "Priority"}, {0: 500.0})
+    assert (queue.preempted, queue.end_of) == ({0}, {0: 500.0})
     assert queue.own_end_s == 900.0
     assert seen([]).own_end_s == 10_000.0
 

@@ -13,7 +13,8 @@ from .room import Room
 from .wishes import LEAST_S, Queue, seen_from
 
 FIRST_REST_S, LONGEST_REST_S = 5.0, 300.0  # how long nothing is asked for after a refusal
-COMING_S = 3.0  # how long after a companion's end its node may not be seen as idle yet
+COMING_S = 30.0  # how long a node that was given back is waited for; others may have it whose jobs are not to be seen
+GIVEN_UP = float("inf")
 SOON_S = 60.0  # before its own end a companion is given back, if the job goes on after that
 
 
@@ -71,6 +72,7 @@ class SlurmBroker:
         self._awaited: dict[int, float] = {}  # companion -> when it was asked for
         self._refused = ""
         self._rest_s, self._rest_until = FIRST_REST_S, 0.0
+        self._coming: dict[int, float] = {}  # companion given back, whose node Slurm does not have yet -> since when
         self._bars: dict[str, float] = {}  # node -> until when it is not used
         self._slot_bars: dict[int, float] = {}
         self._judged: tuple[object, Queue] = None, Queue()
@@ -81,6 +83,8 @@ class SlurmBroker:
             if companion.end is None and number not in held:
                 # Of a leader or an attempt before: nobody runs there.
                 desk.cancel(number, "nobody was running there")
+                if companion.held is not None:
+                    self._coming[number] = clock()
 
     # --- what the runtime calls ---------------------------------------------------------------------------------------
 
@@ -119,6 +123,7 @@ class SlurmBroker:
         """Ask no more for companions that are pending."""
         for number in self._awaited:
             self._desk.cancel(number, "it was withdrawn")
+        self._awaited = dict.fromkeys(self._awaited, GIVEN_UP)
 
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
         """Give leases back. A companion without leases is ended, and its node not used for `bar_s` seconds."""
@@ -134,6 +139,7 @@ class SlurmBroker:
             self._bars |= dict.fromkeys(nodes, until)
         for number in before - after - {-1} - self._awaited.keys():
             self._desk.release(number)
+            self._coming[number] = self._clock()
 
     # --- what has come of requests ------------------------------------------------------------------------------------
 
@@ -147,14 +153,15 @@ class SlurmBroker:
                 del self._awaited[number]
                 self._refused = companion.end
                 self._rest_until, self._rest_s = now + self._rest_s, min(2 * self._rest_s, LONGEST_REST_S)
+            elif since == GIVEN_UP:
+                continue  # though it may have begun at the last moment: its agent, or Slurm, ends it
             elif companion.held is not None and not companion.told:
                 del self._awaited[number]
                 self._rest_s = FIRST_REST_S
                 self._leases += self._leases_of(companion)
             elif now - since > self._limits.patience_s:
-                self._awaited[number] = float("inf")  # once
-                reason = self._queue(state).pending.get(number, "it stayed pending")
-                self._desk.cancel(number, f"no node within {self._limits.patience_s:g} s: {reason}")
+                self._awaited[number] = GIVEN_UP
+                self._desk.give_up(number, f"no node within {self._limits.patience_s:g} s")
 
     def _leases_of(self, companion: Companion) -> tuple[Lease, ...]:
         assert companion.held is not None
@@ -194,16 +201,26 @@ class SlurmBroker:
 
     def _room(self, state: State, queue: Queue, now: float) -> Room:
         """Return the room; worked out once for each reading, since a step asks several times."""
-        coming = frozenset(
-            c.held.node
-            for c in state.companions.values()
-            if c.held is not None and c.released and (c.end is None or now - c.ended_s < COMING_S)
-        )
+        coming = self._nodes_coming(state, queue, now)
         before, room = self._seen
         if before[0] is not queue or before[1] is not state.companions or before[2] != coming:
             room = queue.room(self._live(state), coming, is_considerate=self._limits.considerate)
             self._seen = (queue, state.companions, coming), room
         return room
+
+    def _nodes_coming(self, state: State, queue: Queue, now: float) -> frozenset[str]:
+        """Return the nodes that were given back and that Slurm has not been seen to have."""
+        found = set()
+        for number, since in list(self._coming.items()):
+            companion = state.companions.get(number)
+            if companion is None or companion.held is None:
+                continue  # the files are read in a moment
+            late = companion.end is not None and now - max(companion.ended_s, since) > COMING_S
+            if late or (state.read_s > since and queue.has_back(companion.held.node, companion.asked.allocation)):
+                del self._coming[number]
+            else:
+                found.add(companion.held.node)
+        return frozenset(found)
 
     def _free(self, state: State, queue: Queue, now: float) -> list[str]:
         """Return idle nodes that may be taken."""

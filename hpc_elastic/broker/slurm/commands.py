@@ -41,9 +41,9 @@ class Commands:
         return self._release
 
     def snapshot(self) -> Snapshot:
-        """Return all nodes and jobs: one squeue, one sinfo."""
-        queue = self._run("squeue", "--all", "--json")
+        """Return all nodes and jobs: one sinfo, one squeue."""
         nodes = self._run("sinfo", "--all", "--Node", "--json")
+        queue = self._run("squeue", "--all", "--json")
         return Snapshot(decoding.nodes(nodes.stdout, nodes.stderr), decoding.jobs(queue.stdout, queue.stderr))
 
     def partitions(self) -> tuple[Partition, ...]:

@@ -43,7 +43,7 @@ class State:
     snapshot : Snapshot or None
         The queue, once it has been read.
     read_s : float
-        When that was (``time.monotonic``).
+        When that reading was begun, in seconds since 1970.
     trouble : str
         Why the queue can't be read just now; empty if it can.
     """
@@ -78,7 +78,6 @@ class Desk:
         self._silences = Silences()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._look = threading.Event()
         self.state = State(files.read())
         for target in (self._read_files, self._read_queue, self._carry_orders):
             threading.Thread(target=target, name=f"slurm {target.__name__}", daemon=True).start()
@@ -101,9 +100,9 @@ class Desk:
         self._files.release(number)  # if it begins in this moment, its agent ends it
         self._orders.put(lambda: self._cancel(number, why))
 
-    def look(self) -> None:
-        """Have the queue read soon."""
-        self._look.set()
+    def give_up(self, number: int, why: str) -> None:
+        """Do the same for one that has been pending for too long; what Slurm says of it is added to the reason."""
+        self._orders.put(lambda: self._cancel(number, why, is_asked=True))
 
     def _carry_orders(self) -> None:
         while True:
@@ -134,14 +133,24 @@ class Desk:
         found = [job.id for job in snapshot.jobs if job.comment == name] if snapshot is not None else []
         return found[0] if found else None
 
-    def _cancel(self, number: int, why: str) -> None:
+    def _cancel(self, number: int, why: str, *, is_asked: bool = False) -> None:
         companion = self._files.read().get(number)
         if companion is None or companion.end is not None:
             return
         allocation = companion.asked.allocation or self._known(number)
+        if is_asked and allocation:
+            why += self._why_pending(allocation)
+        self._files.release(number)
         if allocation:
             self._slurm.cancel([allocation])
         self._files.end(number, why)
+
+    def _why_pending(self, allocation: int) -> str:
+        with contextlib.suppress(SlurmError):
+            job = self._slurm.own_job(allocation)
+            if job is not None and job.pending:
+                return f": {job.reason or 'Slurm gives no reason'}"
+        return ""
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -159,7 +168,7 @@ class Desk:
     def _read_queue(self) -> None:
         pause = QUEUE_EVERY_S
         while True:
-            begun = time.monotonic()
+            begun, read_s = time.monotonic(), time.time()
             try:
                 needs = self.state.needs or self._needs()
                 snapshot = self._slurm.snapshot()
@@ -172,10 +181,9 @@ class Desk:
                 # A slow controller is asked less often.
                 pause = min(max(QUEUE_EVERY_S, 10 * took), LONGEST_BACK_OFF_S)
                 with self._lock:
-                    self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=begun, trouble="")
+                    self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=read_s, trouble="")
                 self._note_limits(snapshot)
-            self._look.wait(pause)
-            self._look.clear()
+            time.sleep(pause)
 
     def _note_limits(self, snapshot: Snapshot) -> None:
         """Write down when companions end at the latest, where that is new."""

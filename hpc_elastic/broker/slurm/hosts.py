@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+PLAIN = re.compile(r"[\w.-]+")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -17,6 +20,8 @@ def names(text: str) -> tuple[str, ...]:
     """
     if not text:
         return ()
+    if PLAIN.fullmatch(text):
+        return (text,)  # most are, and reading them is most of what a large queue costs
     from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
 
     try:

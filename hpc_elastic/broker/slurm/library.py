@@ -142,8 +142,8 @@ class Library:
 
     def snapshot(self) -> Snapshot:
         """Return all nodes and jobs."""
-        jobs = tuple(job(each) for each in self._ask("Jobs").values())
-        return Snapshot(tuple(node(each) for each in self._ask("Nodes").values()), jobs)
+        nodes = tuple(node(each) for each in self._ask("Nodes").values())
+        return Snapshot(nodes, tuple(job(each) for each in self._ask("Jobs").values()))
 
     def partitions(self) -> tuple[Partition, ...]:
         """Return the partitions."""

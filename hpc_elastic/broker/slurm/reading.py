@@ -21,7 +21,10 @@ class Slurm(Protocol):
         """Return the version of Slurm that is installed here, such as ``"22.05.8"``."""
 
     def snapshot(self) -> Snapshot:
-        """Return all nodes and jobs, by one question for the jobs and one for the nodes."""
+        """Return all nodes and jobs, by one question for the nodes and then one for the jobs.
+
+        In that order, a job that begins in between is seen to run, on nodes that were seen to be idle.
+        """
 
     def partitions(self) -> tuple[Partition, ...]:
         """Return the partitions."""

@@ -173,7 +173,7 @@ class Partition(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """All nodes and jobs as they were at about the same time."""
+    """All nodes, and all jobs as they were a moment later."""
 
     nodes: tuple[Node, ...]
     jobs: tuple[QueuedJob, ...]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .seen import Node, QueuedJob, Snapshot
 
 WAITS_FOR_NODES = ("", "none", "resources", "priority", "reqnodenotavail")
+ON_NODES = frozenset({"running", "suspended", "completing", "configuring", "stopped", "signaling", "stage_out"})
 LEAST_S = 60.0  # a companion that would have to go sooner is not worth its start
 
 
@@ -94,10 +95,10 @@ class Queue:
     ----------
     idle, usable : frozenset of str
         Idle nodes, and those of them that suit a companion.
+    jobs_on : mapping of str to set of int
+        Who has nodes, as far as that may be seen.
     waiting : tuple of Waiting
         Pending jobs of others that nodes would help, the first in line first.
-    pending : mapping of int to str
-        Why companions are pending.
     preempted : frozenset of int
         Companions that Slurm has begun to preempt.
     failing : mapping of str to str
@@ -110,8 +111,8 @@ class Queue:
 
     idle: frozenset[str] = frozenset()
     usable: frozenset[str] = frozenset()
+    jobs_on: Mapping[str, AbstractSet[int]] = field(default_factory=dict)
     waiting: tuple[Waiting, ...] = ()
-    pending: Mapping[int, str] = field(default_factory=dict)
     preempted: frozenset[int] = frozenset()
     failing: Mapping[str, str] = field(default_factory=dict)
     end_of: Mapping[int, float] = field(default_factory=dict)
@@ -126,6 +127,11 @@ class Queue:
         idle, usable = (self.idle | coming) - taken, self.usable - taken - coming
         return considerate(idle, usable, live, self.waiting) if is_considerate else greedy(usable)
 
+    def has_back(self, node: str, allocation: int) -> bool:
+        """Tell whether Slurm has a node back that was given back: it is idle, or others have it, or nobody can."""
+        jobs = self.jobs_on.get(node, frozenset())
+        return node in self.idle or node in self.failing or bool(jobs - {allocation})
+
 
 def seen_from(snapshot: Snapshot, needs: Needs, companions: Mapping[int, Companion]) -> Queue:
     """Return what a `snapshot` means for a job with such needs and companions."""
@@ -133,17 +139,27 @@ def seen_from(snapshot: Snapshot, needs: Needs, companions: Mapping[int, Compani
     ours = [(of_us[job.id], job) for job in snapshot.jobs if job.id in of_us]
     own = snapshot.job(needs.job)
     end_s = own.end_s if own is not None and own.end_s else needs.end_s
-    idle = {node.name for node in snapshot.nodes if node.idle}
+    jobs_on = _jobs_on(snapshot)
+    idle = {node.name for node in snapshot.nodes if node.idle and node.name not in jobs_on}
     return Queue(
         idle=frozenset(idle),
         usable=frozenset(node.name for node in snapshot.nodes if node.name in idle and _suits(node, needs)),
+        jobs_on=jobs_on,
         waiting=_waiting(snapshot),
-        pending={number: job.reason for number, job in ours if job.pending},
         preempted=frozenset(number for number, job in ours if job.preempt_s),
         failing={node.name: _state(node) for node in snapshot.nodes if node.broken},
         end_of={number: job.end_s for number, job in ours if job.end_s},
         own_end_s=end_s or float("inf"),
     )
+
+
+def _jobs_on(snapshot: Snapshot) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for job in snapshot.jobs:
+        if job.states & ON_NODES:
+            for name in hosts.names(job.nodes):
+                found.setdefault(name, set()).add(job.id)
+    return found
 
 
 def _suits(node: Node, needs: Needs) -> bool:
