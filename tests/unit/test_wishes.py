@@ -49,6 +49,13 @@ def test_who_waits_for_something_else(reason):
     assert not seen([node("n1")], waits(reason=reason)).waiting
 
 
+def test_a_node_that_slurm_has_planned_for_somebody():
+    """It is there for who waits, and not for the job."""
+    queue = seen([node("n1", "idle", "planned"), node("n2")], waits(node_count=2))
+    assert (queue.idle, queue.usable) == ({"n1", "n2"}, {"n2"})
+    assert queue.room({0: "n3"}, is_considerate=True).back == ()
+
+
 def test_who_waits_for_nodes():
     nodes = [node("n1"), node("n2", "allocated"), node("n3", features=()), node("n4", "down"), node("n5")]
     (job,) = seen(nodes, waits(features="fast", excluded_nodes="n5")).waiting

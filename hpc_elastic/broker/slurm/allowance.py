@@ -54,7 +54,7 @@ def ask(commands: Commands) -> Cluster:
 def summary(cluster: Cluster) -> str:
     """Return the cluster in one line."""
     nodes = cluster.snapshot.nodes
-    idle = sum(node.idle for node in nodes)
+    idle = sum(node.idle and not node.planned for node in nodes)
     waiting = len(cluster.snapshot.pending)
     return (
         f"{cluster.release}, {len(nodes)} nodes, {idle} idle, {waiting} job{'s' if waiting != 1 else ''} waiting; "

@@ -12,7 +12,7 @@ BROKEN = frozenset(
     {"down", "error", "fail", "drain", "drained", "draining", "not_responding", "unknown", "future", "invalid"}
 )
 BUSY = frozenset({"allocated", "mixed", "completing"})
-KEPT = frozenset({"maintenance", "reserved", "planned", "powered_down", "powering_down", "power_down", "reboot_requested"})
+KEPT = frozenset({"maintenance", "reserved", "powered_down", "powering_down", "power_down", "reboot_requested"})
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -48,6 +48,11 @@ class Node(msgspec.Struct, frozen=True):
     def idle(self) -> bool:
         """Whether all of it is free for a job now."""
         return "idle" in self.states and not self.states & (BROKEN | BUSY | KEPT)
+
+    @property
+    def planned(self) -> bool:
+        """Whether it is kept for a pending job, which will start here when it has all it needs."""
+        return "planned" in self.states
 
 
 class QueuedJob(msgspec.Struct, frozen=True):

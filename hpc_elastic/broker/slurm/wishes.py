@@ -94,7 +94,7 @@ class Queue:
     Attributes
     ----------
     idle, usable : frozenset of str
-        Idle nodes, and those of them that suit a companion.
+        Idle nodes, and those of them that suit a companion and are not planned for somebody else.
     jobs_on : mapping of str to set of int
         Who has nodes, as far as that may be seen.
     waiting : tuple of Waiting
@@ -143,7 +143,7 @@ def seen_from(snapshot: Snapshot, needs: Needs, companions: Mapping[int, Compani
     idle = {node.name for node in snapshot.nodes if node.idle and node.name not in jobs_on}
     return Queue(
         idle=frozenset(idle),
-        usable=frozenset(node.name for node in snapshot.nodes if node.name in idle and _suits(node, needs)),
+        usable=frozenset(n.name for n in snapshot.nodes if n.name in idle and not n.planned and _suits(n, needs)),
         jobs_on=jobs_on,
         waiting=_waiting(snapshot),
         preempted=frozenset(number for number, job in ours if job.preempt_s),
