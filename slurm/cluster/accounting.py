@@ -24,12 +24,14 @@ def up(
     """Bring both up, and make the cluster known."""
     processes.need("mariadbd", "mariadb", "mariadb-install-db", "slurmdbd", "sacctmgr")
     data = folder / "database"
-    make = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", "--user=root"]
-    subprocess.run(
-        [*make, "--auth-root-authentication-method=normal", "--skip-test-db"], check=True, capture_output=True, timeout=UP_S
-    )
+    # A server that begins removes all temporary tables it finds, also those of others.
+    temporary = folder / "tables"
+    temporary.mkdir(mode=0o700)
+    own = ["--no-defaults", "--user=root", f"--datadir={data}", f"--tmpdir={temporary}"]
+    make = ["mariadb-install-db", *own, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    subprocess.run(make, check=True, capture_output=True, timeout=UP_S)
     socket = f"--socket={folder}/database.socket"
-    own = ["--no-defaults", "--user=root", f"--datadir={data}", socket, "--bind-address=127.0.0.1", f"--port={ports[2]}"]
+    own += [socket, "--bind-address=127.0.0.1", f"--port={ports[2]}"]
     quick = ["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0"]
     start("mariadbd", ["mariadbd", *own, *quick], spaces.CONTROLLER)
     client = ["mariadb", "--no-defaults", "--user=root", socket]
@@ -39,7 +41,8 @@ def up(
 
     processes.until(lambda: tell("select 1"), UP_S, "MariaDB")
     for statement in GRANTS:
-        tell(statement)
+        if not tell(statement):
+            raise processes.ClusterError(f"MariaDB: {statement!r} failed")
     conf = folder / "slurmdbd.conf"
     conf.write_text(configuration.slurmdbd_conf(shape, folder, host, ports))
     conf.chmod(0o600)
