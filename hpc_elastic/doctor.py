@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from . import leftovers
 from .broker.local import read_machine
 from .broker.slurm import allowance
 from .broker.slurm.commands import Commands
@@ -87,6 +89,7 @@ def run_limited(command: list[str], limit_s: float) -> str:
     environ = dict(os.environ)
     prepare(environ)
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    begun = time.time()
     try:
         process = subprocess.Popen(
             command, stdin=null, stdout=pipe, stderr=pipe, text=True, env=environ, start_new_session=True
@@ -99,6 +102,8 @@ def run_limited(command: list[str], limit_s: float) -> str:
         raise ProbeError(f"no answer within {limit_s:g} s, so it was killed") from None
     finally:
         _kill_group(process)
+        if process.returncode != 0:
+            leftovers.remove_shared_memory(begun)
     if process.returncode != 0:
         lines = [line for line in (err or out).splitlines() if line.strip()]
         how = f"killed by signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from hpc_elastic.comm.vendor import orphaned_shared_memory
 
 from .launch import side_by_side
 
@@ -13,6 +16,7 @@ from .launch import side_by_side
 settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile("repeatable")
+SEGMENTS = pytest.StashKey[set[Path]]()
 
 
 def pytest_addoption(parser):
@@ -22,6 +26,22 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers(config):  # noqa: ARG001  (the hook's signature)
     return side_by_side()
+
+
+def pytest_configure(config):
+    config.stash[SEGMENTS] = set(orphaned_shared_memory())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session):
+    """After the last worker's end, look for what tests have left of MPI beside the jobs that `Job` looks after."""
+    yield
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):
+        return
+    left = set(orphaned_shared_memory()) - session.config.stash[SEGMENTS]
+    if left:
+        session.config.get_terminal_writer().line(f"\nleft in shared memory: {', '.join(sorted(map(str, left)))}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):

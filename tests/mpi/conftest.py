@@ -5,19 +5,29 @@ A verdict is gathered from all ranks, so that every rank fails where one does, i
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import pytest
 
-from hpc_elastic.comm.vendor import prepare
+from hpc_elastic.runtime.launch import import_mpi
 
 UNDER_MPIEXEC = "TESTS_UNDER_MPIEXEC"
+
+# Whoever collects the tests here imports MPI, which begins it, though it may run none of them.
+import_mpi()
+
+
+@atexit.register
+def _end_mpi():
+    from hpc_elastic.comm.world import finalize
+
+    finalize()
 
 
 @pytest.fixture(scope="session")
 def world():
     """The ranks."""
-    prepare()
     from hpc_elastic.comm.waiting import Watch
     from hpc_elastic.comm.world import World
 

@@ -225,6 +225,7 @@ def test_limit_reaches_what_mpi_has_spawned(tmp_path, monkeypatch):
     hanging = doctor.PROBE.read_text().replace(begin, "    wait_if_spawned()\n" + begin)
     assert "wait_if_spawned" in hanging
     note = tmp_path / "pids"
+    segments = set(doctor.orphaned_shared_memory())
     wait = (
         "def wait_if_spawned():\n    import os\n"
         f"    with open({str(note)!r}, 'a') as file:\n        print(os.getpid(), file=file)\n"
@@ -241,6 +242,7 @@ def test_limit_reaches_what_mpi_has_spawned(tmp_path, monkeypatch):
     processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert set(doctor.orphaned_shared_memory()) <= segments
 
 
 @pytest.mark.parametrize(
