@@ -13,6 +13,7 @@ from ..model import Member
 from ..rundir import RunDirectory
 
 BEATS_EVERY_S = 1.0
+SILENT_S = 3.0  # without a sign of life, after which it is looked whether a process's host is there
 GUARD_S = 5.0  # how long a condemned process of another host is waited for
 DEAF_S, DEAF_LOOKS = 1.0, 200  # how long, and how many looks, a rank waits for messages that it knows were sent
 DEAF_EVERY_S = 0.01  # pause between looks whether they were
@@ -32,25 +33,29 @@ class Beats:
 
     def __init__(self, run: RunDirectory, stall_s: float) -> None:
         self._run = run
-        self._stall_s = stall_s
+        self.stall_s = stall_s
         self._seen: dict[int, tuple[float, float]] = {}  # process -> time of its last sign, and when that was seen
         self._looked = time.monotonic()
 
     def stalled(self, number: int) -> bool:
         """Tell whether process `number` has given signs of life, but none for too long."""
+        return self.silence(number) > self.stall_s
+
+    def silence(self, number: int) -> float:
+        """Return for how many seconds process `number` has given no sign of life; 0 if it never has."""
         now = time.monotonic()
-        if now - self._looked > max(self._stall_s - BEATS_EVERY_S, 1.5 * BEATS_EVERY_S):
+        if now - self._looked > max(self.stall_s - BEATS_EVERY_S, 1.5 * BEATS_EVERY_S):
             # Who was stopped for long itself, with the whole machine or the whole job, can't blame the others.
             self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
         self._looked = now
         try:
             beat = self._run.beat_file(number).stat().st_mtime
         except OSError:
-            return False
+            return 0.0
         # Only a change counts, by the clock here: clocks of hosts and file servers differ.
         if self._seen.get(number, (0.0, 0.0))[0] != beat:
             self._seen[number] = beat, now
-        return now - self._seen[number][1] > self._stall_s
+        return now - self._seen[number][1]
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Forget processes."""
@@ -78,6 +83,7 @@ class Liveness:
         self._poll = select.poll()
         self._gone: set[int] = set()
         self._condemned: dict[int, float] = {}
+        self._silent: set[int] = set()
         self._next_beats = 0.0
 
     def watch(self, members: Iterable[Member]) -> None:
@@ -98,6 +104,7 @@ class Liveness:
                 self._poll.register(descriptor, select.POLLIN)
         self._members = wanted
         self._gone &= wanted.keys()
+        self._silent &= wanted.keys()
         self._beats.forget(self._condemned.keys() - wanted.keys())
         self._condemned = {number: since for number, since in self._condemned.items() if number in wanted}
 
@@ -132,8 +139,21 @@ class Liveness:
                 continue
             if member.host != self._host and self._run.end_of(number) is not None:
                 self._gone.add(number)
-            if self._beats.stalled(number):
+            silence_s = self._beats.silence(number)
+            (self._silent.add if silence_s > SILENT_S else self._silent.discard)(number)
+            if silence_s > self._beats.stall_s:
                 self._condemn(number, member, now)
+
+    def silent(self) -> list[Member]:
+        """Return those of other hosts of whom there has been no sign of life for some seconds: they may be lost."""
+        there = [member for number, member in self._members.items() if number in self._silent and number not in self._gone]
+        return [member for member in there if member.host != self._host]
+
+    def give_up(self, members: Iterable[Member]) -> None:
+        """Take `members` for lost, whose host does not answer any more."""
+        for member in members:
+            self._run.condemn(member.id)  # if it lives all the same
+            self._gone.add(member.id)
 
     def _condemn(self, number: int, member: Member, now: float) -> None:
         begun = self._condemned.setdefault(number, now)

@@ -110,6 +110,12 @@ class Watch:
         self.check = check
         self.users = users
         self._blocking = blocking
+        self._since = 0.0  # when the wait under way began, if it has become a long one
+
+    def seconds(self) -> float:
+        """Return for how long the wait under way has lasted; 0 if there is none."""
+        since = self._since
+        return time.monotonic() - since if since else 0.0
 
     def apart(self, call: Callable[[], T]) -> T:
         """Make a `call` of MPI's that can't be left, in a thread that can be: it is forsaken if a rank is lost meanwhile."""
@@ -156,17 +162,21 @@ class Watch:
             return
         start = now = time.monotonic()
         next_check = start + CHECK_EVERY_S
-        while not done():
-            if now - start < busy_s:
-                os.sched_yield()
-            else:
-                time.sleep(min(LONGEST_SLEEP_S, (now - start) / 50))
-            now = time.monotonic()
-            if now >= next_check:
-                self.check()
-                next_check = now + CHECK_EVERY_S
-                if deadline_s is not None and now - start > deadline_s:
-                    raise MembershipError(f"waited {deadline_s:.0f} s for {what or 'the other ranks'}: given up")
+        try:
+            while not done():
+                if now - start < busy_s:
+                    os.sched_yield()
+                else:
+                    time.sleep(min(LONGEST_SLEEP_S, (now - start) / 50))
+                now = time.monotonic()
+                if now >= next_check:
+                    self._since = start
+                    self.check()
+                    next_check = now + CHECK_EVERY_S
+                    if deadline_s is not None and now - start > deadline_s:
+                        raise MembershipError(f"waited {deadline_s:.0f} s for {what or 'the other ranks'}: given up")
+        finally:
+            self._since = 0.0
 
     def request(self, request: MPI.Request, nbytes: int = 0) -> None:
         """Wait for one non-blocking operation."""

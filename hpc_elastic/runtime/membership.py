@@ -72,6 +72,7 @@ class Membership:
         self._fresh: World | None = None  # while it is not certain that all survivors have it
         self._toll = Toll(session.run)
         self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
+        vigil.waits = self.watch.seconds
         if door is not None:
             door.use(self.watch)
             vigil.watch(door.leader)

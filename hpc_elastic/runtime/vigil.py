@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 from .. import faults
 from ..comm.liveness import Liveness
+from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..config import STDERR_VARIABLE
 from ..errors import RunDirectoryError
 from ..model import Member
+from .standstill import LOOK_S as STANDSTILL_S
+from .standstill import Standstill
 from .stuck import Stuck
 
 if TYPE_CHECKING:
@@ -37,11 +40,14 @@ class Vigil:
         a process that is no member.
     over : bool
         True once nothing more is to be watched.
+    waits : callable
+        For how many seconds this rank has waited for others.
     """
 
     def __init__(self, session: Session, me: Member) -> None:
         self.losses = NO_MEETINGS
         self.over = False
+        self.waits: Callable[[], float] = lambda: 0.0
         self.me = me
         self._session = session
         self._losses = session.run.path / "losses"
@@ -51,12 +57,20 @@ class Vigil:
         self._gone_since: dict[int, float] = {}
         self._lost_since: tuple[int, float] | None = None
         self._stuck_in_mpi = Stuck()
+        config = session.config
+        self._reach = Reach()
+        self._standstill = Standstill(session.run, me, config.stall_s, config.deadline_s + config.stall_s, self._reach)
+        self._doubtful: set[str] = set()
+        self._members: tuple[Member, ...] = ()
+        self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
         self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
+        self._members = tuple(members)
+        self._changed.set()
         with self._lock:
-            self._liveness.watch(members)
+            self._liveness.watch(self._members)
 
     def gone(self, members: Iterable[Member]) -> frozenset[int]:
         """Return the numbers of those that have ended."""
@@ -112,6 +126,7 @@ class Vigil:
     def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         """Give signs of life from now on. `failed` is called once the job has failed, `ends` with why this rank must end."""
         threading.Thread(target=self._run, args=(ends, failed), daemon=True).start()
+        threading.Thread(target=self._look_at_hosts, args=(ends,), daemon=True).start()
 
     def _run(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         beat = self._session.run.beat_file(self.me.id)
@@ -125,6 +140,23 @@ class Vigil:
                 elif not self.over and (reason := self._stuck()) and not self.over:
                     ends(reason)
             time.sleep(LOOK_S)
+
+    def _look_at_hosts(self, ends: Callable[[str], None]) -> None:
+        """Look for hosts that are lost, and standstills. In a thread of its own: asking other hosts can take long."""
+        while not self.over:
+            self._reach.learn({member.host for member in self._members} - {self.me.host})
+            with self._lock:
+                silent = self._liveness.silent()
+            doubtful = self._reach.cut_off({member.host for member in silent})
+            with self._lock:
+                self._liveness.give_up(member for member in silent if member.host in doubtful & self._doubtful)
+            self._doubtful = doubtful
+            members = self._members if self.losses != NO_MEETINGS else ()
+            reason = self._standstill.look(members, self.waits() if members else 0.0)
+            if reason and not self.over:
+                ends(reason)
+            self._changed.wait(STANDSTILL_S)
+            self._changed.clear()
 
     def _stuck(self) -> str:
         """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""

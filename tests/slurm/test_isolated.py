@@ -26,9 +26,8 @@ def static(isolated, tmp_path_factory):
     return computed(isolated, tmp_path_factory.mktemp("static"), EPOCHS)
 
 
-def companion_nodes(job):
-    found = (json.loads(path.read_text()) for path in job.path.glob("companions/*.held.json"))
-    return [each["node"] for each in found]
+def companions(job):
+    return [json.loads(path.read_text()) for path in job.path.glob("companions/*.held.json")]
 
 
 def test_come_and_go(isolated, static, tmp_path):
@@ -48,11 +47,25 @@ def test_a_node_crashes(isolated, static, tmp_path, request):
     if not request.config.getoption("all_faults"):
         pytest.skip("one of --all-faults")
     job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.08, stall_s=3)
+    job.submit(epochs=EPOCHS, pause_s=0.08, stall_s=60)
     job.ranks(4)
-    node = companion_nodes(job)[0]
-    isolated.crash(node)
-    until(lambda: happened(job.path, events.Lost))
+    isolated.crash(companions(job)[0]["node"])
+    until(lambda: happened(job.path, events.Lost), 20)
     job.ended_well(static)
     assert sum(len(event.members) for event in happened(job.path, events.Lost)) <= 2
+    assert not happened(job.path, events.Restarted)
+
+
+def test_a_node_is_cut_off(isolated, static, tmp_path):
+    """Its rank lives, and its files are there, but all wait for each other: the others go on without it."""
+    job = Elastic(isolated, tmp_path)
+    job.submit(epochs=EPOCHS, pause_s=0.08, stall_s=3)
+    job.ranks(4)
+    node = companions(job)[0]["node"]
+    isolated.cut(node)
+    try:
+        until(lambda: happened(job.path, events.Lost), 30)
+    finally:
+        isolated.mend(node)
+    job.ended_well(static)
     assert not happened(job.path, events.Restarted)

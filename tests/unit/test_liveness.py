@@ -174,3 +174,20 @@ def test_the_time_counts_from_when_it_was_sent():
         now += DEAF_S / DEAF_LOOKS
         assert now < 6 * DEAF_S
     assert now > 5 * DEAF_S
+
+
+def test_a_host_that_does_not_answer(run):
+    """Who has been silent for some seconds is named, and is lost once its host is known to be."""
+    away = Member(1, 1, "another-host")
+    liveness = Liveness(run, 60.0)
+    liveness.watch([away])
+    run.beat_file(1).touch()
+    liveness.gone()
+    assert not liveness.silent()
+    until(lambda: not liveness.gone() and liveness.silent() == [away])
+    liveness.give_up([away])
+    assert liveness.lost() == {1}
+    assert not liveness.silent()
+    assert (run.path / "condemned" / "1").exists()
+    liveness.watch(())
+    assert not liveness.gone()
