@@ -19,6 +19,7 @@ from .rundir import Failure, RunDirectory
 GRACE_S, SHORT_GRACE_S = 5.0, 1.0  # for the launcher to end its ranks; those of a job that is lost need none
 FAILED_S = 10.0  # how long ranks have to say why they were lost
 PIPES_S = 0.5  # and the launcher, to pass that on: it would wait for any child of theirs that has the end of a pipe
+THERE = ("member", "parked")
 SILENCE = 2  # times stall_s: a rank that stalls is the others' business first
 LOOK_S = 1.0
 PROXY_S, HEADLESS_S = 0.25, 1.0
@@ -177,8 +178,10 @@ class Attempt:
             for record in records
         ):
             return True
-        away = any(record.member.host != leftovers.HOST and record.outcome in ("member", "parked") for record in records)
-        return away and self._pulse.silent_s() < stall_s
+        away = [record.member.id for record in records if record.member.host != leftovers.HOST and record.outcome in THERE]
+        # One whose host is gone says nothing any more, nor does its guard.
+        there = any(self._run.end_of(member) is None and not self._run.is_condemned(member) for member in away)
+        return there and self._pulse.silent_s() < stall_s
 
     def _lingers(self, now: float, stall_s: float) -> bool:
         """Tell whether the job was lost a while ago, and yet the launcher does not end."""

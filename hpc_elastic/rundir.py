@@ -262,6 +262,10 @@ class RunDirectory:
         """Have process `member` killed by its guard."""
         (self.path / "condemned" / str(member)).touch(mode=0o600)
 
+    def is_condemned(self, member: int) -> bool:
+        """Tell whether process `member` was taken for lost."""
+        return (self.path / "condemned" / str(member)).exists()
+
     # --- supervisor and attempts -----------------------------------------------------------------------------------
 
     def put_launch(self, launch: Launch) -> None:
