@@ -13,6 +13,7 @@ from ..model import Member
 from ..rundir import RunDirectory
 
 BEATS_EVERY_S = 1.0
+HURRY_S = 0.02
 SILENT_S = 3.0  # without a sign of life, after which it is looked whether a process's host is there
 GUARD_S = 5.0  # how long a condemned process of another host is waited for
 DEAF_S, DEAF_LOOKS = 1.0, 200  # how long, and how many looks, a rank waits for messages that it knows were sent
@@ -123,6 +124,10 @@ class Liveness:
             self._next_beats = now + BEATS_EVERY_S
             self._look_for_stalls(now)
         return frozenset(self._gone)
+
+    def hurry(self) -> None:
+        """Look at other hosts' processes soon, since one of them may have ended."""
+        self._next_beats = min(self._next_beats, time.monotonic() + HURRY_S)
 
     def lost(self) -> frozenset[int]:
         """Return those of `gone` that did not leave by themselves."""

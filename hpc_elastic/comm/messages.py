@@ -12,6 +12,7 @@ from ..model import Member
 from ..rundir import RunDirectory
 
 TO_NEWCOMER, WAKE_TAG, CHAIN_TAG, BRIDGE_TAG = 11, 12, 13, 14
+MOVE_TAG, GREETING_TAG, PART_TAG, FILL_TAG, MEET_TAG = 20, 21, 22, 23, 24
 THERE = 0  # rank of the other side, in the intercommunicator between the leader and a newcomer
 LEADER, NEWCOMER = 0, 1  # ranks in the pair that the two form when the party is gathered
 

@@ -16,9 +16,16 @@ Address = tuple[int, Any]  # family, and what goes with it
 
 
 class Reach:
-    """Asks hosts, and remembers those that have ever answered: of the others, behind firewalls, nothing can be said."""
+    """Asks hosts, and remembers those that have ever answered: of the others, behind firewalls, nothing can be said.
+
+    Attributes
+    ----------
+    hosts : dict of str to str
+        The hosts that were asked, by their addresses.
+    """
 
     def __init__(self) -> None:
+        self.hosts: dict[str, str] = {}
         self._addresses: dict[str, Address] = {}
         self._tried: set[str] = set()
 
@@ -33,6 +40,7 @@ class Reach:
             except OSError:
                 continue
             found[host] = int(family), address
+            self.hosts[str(address[0])] = host
         answered = _answering(found)
         self._addresses |= {host: where for host, where in found.items() if host in answered}
 

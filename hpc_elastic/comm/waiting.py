@@ -97,6 +97,8 @@ class Watch:
     ----------
     check : callable
         Called every few milliseconds while waiting; raises when there is nothing left to wait for.
+    broken : callable
+        Tells whether a connection with another rank has broken, and it is not known yet why: nothing must be sent then.
     blocking, users : callable
         Return a context for a call of MPI's that can't be left, the runtime's own or the user's; take those who take part.
     """
@@ -106,8 +108,10 @@ class Watch:
         check: Callable[[], None] = lambda: None,
         blocking: Mark = contextlib.nullcontext,
         users: Mark = contextlib.nullcontext,
+        broken: Callable[[], bool] = lambda: False,
     ) -> None:
         self.check = check
+        self._broken = broken
         self.users = users
         self._blocking = blocking
         self._since = 0.0  # when the wait under way began, if it has become a long one
@@ -182,11 +186,12 @@ class Watch:
         """Wait for one non-blocking operation."""
         self.requests([request], nbytes)
 
-    def requests(self, requests: list[MPI.Request], nbytes: int = 0, look: Callable[[], None] | None = None) -> None:
-        """Wait for several non-blocking operations, by which this rank sends and receives `nbytes` bytes.
+    def requests(self, begun: Iterable[MPI.Request], nbytes: int = 0, look: Callable[[], None] | None = None) -> None:
+        """Begin several non-blocking operations, and wait for them; by them this rank sends and receives `nbytes` bytes.
 
         `look` is called when they are not yet done.
         """
+        requests: list[MPI.Request] = []
 
         def done() -> bool:
             if MPI.Request.Testall(requests):
@@ -198,6 +203,10 @@ class Watch:
         busy_s = YIELD_S + nbytes / BYTES_PER_S
         try:
             with self.blame():
+                while self._broken():
+                    self.check()
+                    time.sleep(CHECK_EVERY_S)
+                requests.extend(begun)
                 self.until(done, busy_s=busy_s)
         except BaseException:
             _given_up.extend(requests)

@@ -1,4 +1,4 @@
-"""The world of one generation: its communicators, its collectives, and how it becomes the next one."""
+"""The world of one generation: its communicators, and how it becomes the next one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
 
-from ..model import Generation, Member, Move
+from ..model import Generation, Member
+from .collectives import Collectives
 from .liveness import DEAF_S, Deaf
-from .messages import BRIDGE_TAG, Party
+from .messages import BRIDGE_TAG, GREETING_TAG, Party
 from .user import UserComm
 from .vendor import Vendor, own_shared_memory, under_launcher, unmapped, vendor_of
 from .waiting import LeftOut, Lost, Watch, end_in_time, forsaken, limited
 
 T = TypeVar("T")
-Array = NDArray[np.generic]
-MOVE_TAG, GREETING_TAG = 20, 21
-LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
 LONGEST_FINALIZE_S = 30
 
 
@@ -78,7 +75,7 @@ def finalize() -> None:
         end_in_time()
 
 
-class World:
+class World(Collectives):
     """The ranks of one generation.
 
     Attributes
@@ -92,11 +89,8 @@ class World:
     """
 
     def __init__(self, comm: MPI.Intracomm, generation: Generation, watch: Watch) -> None:
-        self.comm = comm
+        super().__init__(comm, watch)
         self.generation = generation
-        self.watch = watch
-        self.rank = comm.rank
-        self.size = comm.size
         self._user: MPI.Intracomm | None = None
         self._marked: UserComm | None = None
 
@@ -132,71 +126,6 @@ class World:
     def me(self) -> Member:
         """The process that this rank is."""
         return self.generation.members[self.rank]
-
-    # --- collectives, all of which can be left when the job fails -----------------------------------------------------
-
-    def fill(self, array: Array, root: int = 0) -> None:
-        """Broadcast the contiguous `array` of rank `root` into that of all others."""
-        if self.size > 1:
-            self.meet(array.nbytes)
-            self.watch.request(self.comm.Ibcast([array.view(np.uint8).reshape(-1), MPI.BYTE], root=root), array.nbytes)
-
-    def tell(self, data: bytes | None, root: int = 0) -> bytes:
-        """Broadcast `data` of rank `root` and return it."""
-        length = np.array([len(data) if data is not None else 0], dtype=np.int64)
-        self.fill(length, root)
-        buffer = np.frombuffer(bytearray(data) if data is not None else bytearray(int(length[0])), dtype=np.uint8)
-        self.fill(buffer, root)
-        return buffer.tobytes()
-
-    def gather_all(self, data: bytes) -> list[bytes]:
-        """Return what every rank gave, in rank order."""
-        if self.size == 1:
-            return [data]
-        lengths = np.empty(self.size, dtype=np.int64)
-        mine = np.array([len(data)], dtype=np.int64)
-        self.watch.request(self.comm.Iallgather(mine, lengths))
-        parts = np.empty(int(lengths.sum()), dtype=np.uint8)
-        self.all_parts(np.frombuffer(data, dtype=np.uint8), parts, lengths.tolist())
-        ends = np.cumsum(lengths)
-        return [parts[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]
-
-    def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
-        """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
-        self.meet(out.nbytes)
-        self.watch.request(
-            self.comm.Iallgatherv([_bytes(mine), MPI.BYTE], [_bytes(out), _scaled(counts, out.itemsize), None, MPI.BYTE]),
-            out.nbytes,
-        )
-
-    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
-        """Send ``counts[r]`` elements to every rank r, and receive ``out_counts[r]`` from it, both in rank order."""
-        # MPICH moves a rank's own part by 8 KB a poll: it stays out of the call.
-        given, taken, me = np.cumsum([0, *counts]), np.cumsum([0, *out_counts]), self.rank
-        others, out_others = list(counts), list(out_counts)
-        others[me] = out_others[me] = 0
-        request = self.comm.Ialltoallv(
-            [_bytes(mine), _scaled(others, mine.itemsize), _scaled(given[:-1].tolist(), mine.itemsize), MPI.BYTE],
-            [_bytes(out), _scaled(out_others, out.itemsize), _scaled(taken[:-1].tolist(), out.itemsize), MPI.BYTE],
-        )
-        out.reshape(-1)[taken[me] : taken[me + 1]] = mine.reshape(-1)[given[me] : given[me + 1]]
-        self.watch.request(request, mine.nbytes + out.nbytes)
-
-    def meet(self, nbytes: int) -> None:
-        """Wait for all ranks, with pauses, if what follows moves as much as `nbytes`, which all give alike."""
-        if nbytes >= LARGE_BYTES:
-            self.barrier()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            self.watch.request(self.comm.Ibarrier())
-
-    def exchange(self, sends: list[tuple[Move, Array]], receives: list[tuple[Move, Array]]) -> None:
-        """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
-        requests = [self.comm.Irecv([_bytes(array), MPI.BYTE], source=m.source, tag=MOVE_TAG) for m, array in receives]
-        requests += [self.comm.Isend([_bytes(array), MPI.BYTE], dest=m.target, tag=MOVE_TAG) for m, array in sends]
-        self.watch.requests(requests, sum(array.nbytes for _, array in (*receives, *sends)))
 
     # --- the next generation ------------------------------------------------------------------------------------------
 
@@ -291,11 +220,3 @@ class World:
         self.close_user()
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()
-
-
-def _bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
-
-
-def _scaled(counts: Sequence[int], itemsize: int) -> list[int]:
-    return [int(count) * itemsize for count in counts]

@@ -71,7 +71,7 @@ class Membership:
         self._office: Office | None = None  # of a resize that is committed, until the next leader is in it
         self._fresh: World | None = None  # while it is not certain that all survivors have it
         self._toll = Toll(session.run)
-        self.watch = Watch(vigil.check, vigil.blocking, vigil.users)
+        self.watch = Watch(vigil.check, vigil.blocking, vigil.users, vigil.broken)
         vigil.waits = self.watch.seconds
         if door is not None:
             door.use(self.watch)

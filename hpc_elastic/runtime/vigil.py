@@ -13,6 +13,7 @@ from .. import faults
 from ..comm.liveness import Liveness
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
+from ..comm.wires import Wires
 from ..config import STDERR_VARIABLE
 from ..errors import RunDirectoryError
 from ..model import Member
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.25
 NO_MEETINGS = -1
+DEPARTED_S = 30.0  # how long connections with those who left may break
+UNKNOWN_S = 10.0  # how long a reason is looked for why a connection has broken
 NOTICE_S = 1.0  # how long a blocking call of MPI's may go on after one who takes part in it has gone
 
 
@@ -61,16 +64,23 @@ class Vigil:
         self._reach = Reach()
         self._standstill = Standstill(session.run, me, config.stall_s, config.deadline_s + config.stall_s, self._reach)
         self._doubtful: set[str] = set()
+        self._wires = Wires()
+        self._broken_since = 0.0
+        self._departed: dict[str, float] = {}  # host -> when a member there left or was lost
         self._members: tuple[Member, ...] = ()
         self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
         self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
-        self._members = tuple(members)
-        self._changed.set()
+        before, self._members = self._members, tuple(members)
         with self._lock:
+            stay = {member.id for member in self._members} | self._liveness.lost()
             self._liveness.watch(self._members)
+        # Connections with those lost have broken already; with those who leave they will.
+        self._wires.forget(self._wires.broken())
+        self._departed |= {member.host: time.monotonic() for member in before if member.id not in stay}
+        self._changed.set()
 
     def gone(self, members: Iterable[Member]) -> frozenset[int]:
         """Return the numbers of those that have ended."""
@@ -92,9 +102,23 @@ class Vigil:
             (folder / f"{self.me.id}.greeted").touch(mode=0o600)
         return len(list(folder.glob("*.greeted"))) > 1
 
+    def broken(self) -> bool:
+        """Tell whether a connection with another rank has broken, and it is not known why: nothing must be sent now."""
+        hosts = self._wires.broken()
+        if not hosts:
+            self._broken_since = 0.0
+            return False
+        now = time.monotonic()
+        self._broken_since = self._broken_since or now
+        known = {host for host in hosts if now - self._departed.get(host, -DEPARTED_S) < DEPARTED_S}
+        self._wires.forget(hosts if now - self._broken_since > UNKNOWN_S else known)
+        self._liveness.hurry()
+        return bool(hosts - known)
+
     def check(self) -> None:
         """Raise what the job failed with, or `Lost` if a process is lost or others have said so."""
         self._session.check()
+        self.broken()
         with self._lock:
             lost = self._liveness.lost()
         meeting = f"{self._losses}/{self.losses}"
@@ -145,6 +169,8 @@ class Vigil:
         """Look for hosts that are lost, and standstills. In a thread of its own: asking other hosts can take long."""
         while not self.over:
             self._reach.learn({member.host for member in self._members} - {self.me.host})
+            if others := {member.host for member in self._members} - {self.me.host}:
+                self._wires.scan({address: host for address, host in self._reach.hosts.items() if host in others})
             with self._lock:
                 silent = self._liveness.silent()
             doubtful = self._reach.cut_off({member.host for member in silent})
@@ -190,5 +216,6 @@ class Vigil:
     def close(self) -> None:
         """Stop looking."""
         self.over = True
+        self._wires.close()
         with self._lock:
             self._liveness.close()

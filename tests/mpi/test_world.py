@@ -7,9 +7,10 @@ import contextlib
 import numpy as np
 import pytest
 
+from hpc_elastic.comm.collectives import LARGE_BYTES
 from hpc_elastic.comm.user import UserComm
 from hpc_elastic.comm.waiting import LeftOut, Watch
-from hpc_elastic.comm.world import LARGE_BYTES, vendor
+from hpc_elastic.comm.world import vendor
 from hpc_elastic.model import Generation, Move
 from hpc_elastic.partition import block
 from hpc_elastic.redistribute import DistributedArray

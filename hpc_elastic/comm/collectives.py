@@ -1,0 +1,168 @@
+"""Collectives of messages between two ranks each, all of which can be left when a rank is lost.
+
+MPI's own would do, but for losses: MPICH crashes in a collective that begins to send to a rank whose connection has just
+broken, which takes a second rank along. A single message to such a rank is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from ..model import Move
+from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
+from .waiting import Watch
+
+Array = NDArray[np.generic]
+NOTHING = bytearray()
+PAIR = 2
+LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
+
+
+class Collectives:
+    """The collectives of a communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The communicator, of which nobody else uses the tags.
+    watch : Watch
+        Its waits.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, watch: Watch) -> None:
+        self.comm = comm
+        self.watch = watch
+        self.rank = comm.rank
+        self.size = comm.size
+
+    # --- all give, all get --------------------------------------------------------------------------------------------
+
+    def gather_all(self, data: bytes) -> list[bytes]:
+        """Return what every rank gave, in rank order."""
+        lengths = np.empty(self.size, dtype=np.int64)
+        self.all_parts(np.array([len(data)]), lengths, [1] * self.size)
+        parts = np.empty(int(lengths.sum()), dtype=np.uint8)
+        self.all_parts(np.frombuffer(data, dtype=np.uint8), parts, lengths.tolist())
+        ends = np.cumsum(lengths)
+        return [parts[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]
+
+    def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
+        """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
+        self.meet(out.nbytes)
+        ends = np.cumsum(counts).tolist()
+        places = [out.reshape(-1)[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        places[self.rank][:] = mine.reshape(-1)
+        self._trade(((rank, mine) for rank in self._after()), ((rank, places[rank]) for rank in self._before()), PART_TAG)
+
+    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
+        """Send ``counts[r]`` elements to every rank r, and receive ``out_counts[r]`` from it, both in rank order."""
+        mine, out = mine.reshape(-1), out.reshape(-1)
+        given, taken = np.cumsum([0, *counts]).tolist(), np.cumsum([0, *out_counts]).tolist()
+        me = self.rank
+        out[taken[me] : taken[me + 1]] = mine[given[me] : given[me + 1]]
+        self._trade(
+            ((rank, mine[given[rank] : given[rank + 1]]) for rank in self._after()),
+            ((rank, out[taken[rank] : taken[rank + 1]]) for rank in self._before()),
+            PART_TAG,
+        )
+
+    def exchange(self, sends: list[tuple[Move, Array]], receives: list[tuple[Move, Array]]) -> None:
+        """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
+        self._trade(((m.target, array) for m, array in sends), ((m.source, array) for m, array in receives), MOVE_TAG)
+
+    # --- one gives, all get -------------------------------------------------------------------------------------------
+
+    def fill(self, array: Array, root: int = 0) -> None:
+        """Broadcast the contiguous `array` of rank `root` into that of all others."""
+        flat = _bytes(array)
+        if self.size <= PAIR or flat.nbytes < LARGE_BYTES:
+            self._hand_down(flat, root)
+            return
+        # Each rank gets a part from the root, and gives it to all others.
+        self.meet(flat.nbytes)
+        ends = [flat.nbytes * (rank + 1) // self.size for rank in range(self.size)]
+        parts = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if self.rank == root:
+            self._trade(((rank, parts[rank]) for rank in self._after()), (), FILL_TAG)
+        else:
+            self._trade((), [(root, parts[self.rank])], FILL_TAG)
+        others = [rank for rank in self._after() if rank != root]
+        if self.rank != root:
+            self._trade(
+                ((rank, parts[self.rank]) for rank in others),
+                ((rank, parts[rank]) for rank in self._before()),
+                PART_TAG,
+            )
+        else:
+            self._trade(((rank, parts[root]) for rank in self._after()), (), PART_TAG)
+
+    def tell(self, data: bytes | None, root: int = 0) -> bytes:
+        """Broadcast `data` of rank `root` and return it."""
+        length = np.array([len(data) if data is not None else 0], dtype=np.int64)
+        self.fill(length, root)
+        buffer = np.frombuffer(bytearray(data) if data is not None else bytearray(int(length[0])), dtype=np.uint8)
+        self.fill(buffer, root)
+        return buffer.tobytes()
+
+    def _hand_down(self, flat: Array, root: int) -> None:
+        """Broadcast along a binomial tree."""
+        place = (self.rank - root) % self.size
+        reach = 1
+        while reach < self.size and not place & reach:
+            reach *= 2
+        if place:
+            self._trade((), [((place - reach + root) % self.size, flat)], FILL_TAG)
+        below = []
+        while reach > 1:
+            reach //= 2
+            if place + reach < self.size:
+                below.append((place + reach + root) % self.size)
+        self._trade(((rank, flat) for rank in below), (), FILL_TAG)
+
+    # --- meeting ------------------------------------------------------------------------------------------------------
+
+    def meet(self, nbytes: int) -> None:
+        """Wait for all ranks, with pauses, if what follows moves as much as `nbytes`, which all give alike."""
+        if nbytes >= LARGE_BYTES:
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for all ranks: in rounds, each hears of twice as many."""
+        distance = 1
+        while distance < self.size:
+            before, after = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+            self.watch.requests(self._both(before, after))
+            distance *= 2
+
+    def _both(self, before: int, after: int) -> Iterator[MPI.Request]:
+        yield self.comm.Irecv([NOTHING, 0, MPI.BYTE], before, MEET_TAG)
+        yield self.comm.Isend([NOTHING, 0, MPI.BYTE], after, MEET_TAG)
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _after(self) -> list[int]:
+        """Return the other ranks, the next one first, so that not all send to one at a time."""
+        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
+
+    def _before(self) -> list[int]:
+        return [(self.rank - distance) % self.size for distance in range(1, self.size)]
+
+    def _trade(self, sends: Iterable[tuple[int, Array]], receives: Iterable[tuple[int, Array]], tag: int) -> None:
+        """Send arrays to ranks and receive others from ranks; those without an element don't travel."""
+        given, taken = [(r, a) for r, a in sends if a.size], [(r, a) for r, a in receives if a.size]
+
+        def begun() -> Iterator[MPI.Request]:
+            for rank, array in taken:
+                yield self.comm.Irecv([_bytes(array), MPI.BYTE], rank, tag)
+            for rank, array in given:
+                yield self.comm.Isend([_bytes(array), MPI.BYTE], rank, tag)
+
+        self.watch.requests(begun(), sum(array.nbytes for _, array in (*given, *taken)))
+
+
+def _bytes(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
