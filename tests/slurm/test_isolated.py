@@ -42,24 +42,10 @@ def test_come_and_go(isolated, static, tmp_path):
     assert not happened(job.path, events.Lost)
 
 
-def test_a_node_crashes(isolated, static, tmp_path, request):
-    """Its ranks are lost with their guards and the agent; the others go on. UCX can take a second rank along by a crash."""
-    if not request.config.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
-    job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.08, stall_s=60)
-    job.ranks(4)
-    isolated.crash(companions(job)[0]["node"])
-    until(lambda: happened(job.path, events.Lost), 20)
-    job.ended_well(static)
-    assert sum(len(event.members) for event in happened(job.path, events.Lost)) <= 2
-    assert not happened(job.path, events.Restarted)
-
-
 def test_a_node_is_cut_off(isolated, static, tmp_path):
     """Its rank lives, and its files are there, but all wait for each other: the others go on without it."""
     job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.08, stall_s=3)
+    job.submit(epochs=EPOCHS, pause_s=0.05, stall_s=3)
     job.ranks(4)
     node = companions(job)[0]["node"]
     isolated.cut(node)
@@ -68,4 +54,31 @@ def test_a_node_is_cut_off(isolated, static, tmp_path):
     finally:
         isolated.mend(node)
     job.ended_well(static)
+    assert not happened(job.path, events.Restarted)
+
+
+def test_a_rank_is_killed(isolated, static, tmp_path):
+    """The others know before they send it something, over a connection that has broken, which would crash them."""
+    job = Elastic(isolated, tmp_path)
+    job.submit(epochs=EPOCHS, pause_s=0.05)
+    job.ranks(4)
+    for _ in range(3):
+        lost = len(happened(job.path, events.Lost))
+        until(lambda: job.run.status().ranks == 4)
+        member = job.run.status().members[-1]
+        isolated.run(["kill", "-KILL", member.pid], member.host)
+        until(lambda before=lost: len(happened(job.path, events.Lost)) > before, 20)
+    job.ended_well(static)
+    assert [len(event.members) for event in happened(job.path, events.Lost)] == [1, 1, 1]
+
+
+def test_a_node_crashes(isolated, static, tmp_path):
+    """Its rank is lost with its guard and the agent, long before it would count as stalled; the others go on."""
+    job = Elastic(isolated, tmp_path)
+    job.submit(epochs=EPOCHS, pause_s=0.05, stall_s=60)
+    job.ranks(4)
+    isolated.crash(companions(job)[0]["node"])
+    until(lambda: happened(job.path, events.Lost), 20)
+    job.ended_well(static)
+    assert [len(event.members) for event in happened(job.path, events.Lost)] == [1]
     assert not happened(job.path, events.Restarted)
