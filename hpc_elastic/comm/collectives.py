@@ -6,7 +6,7 @@ broken, which takes a second rank along. A single message to such a rank is an e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -38,6 +38,9 @@ class Collectives:
         self.watch = watch
         self.rank = comm.rank
         self.size = comm.size
+        # The next one first, so that not all send to one at a time.
+        self._after = [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        self._before = [(self.rank - distance) % self.size for distance in range(1, self.size)]
 
     # --- all give, all get --------------------------------------------------------------------------------------------
 
@@ -53,26 +56,23 @@ class Collectives:
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None:
         """Gather `counts[r]` elements of every rank r into `out`, on all ranks."""
         self.meet(out.nbytes)
-        ends = np.cumsum(counts).tolist()
-        places = [out.reshape(-1)[end - count : end] for end, count in zip(ends, counts, strict=True)]
-        places[self.rank][:] = mine.reshape(-1)
-        self._trade(((rank, mine) for rank in self._after()), ((rank, places[rank]) for rank in self._before()), PART_TAG)
+        own, places = _bytes(mine), _cut(_bytes(out), counts, out.itemsize)
+        places[self.rank][:] = own
+        self._trade([(rank, own) for rank in self._after], [(rank, places[rank]) for rank in self._before], PART_TAG)
 
     def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
         """Send ``counts[r]`` elements to every rank r, and receive ``out_counts[r]`` from it, both in rank order."""
-        mine, out = mine.reshape(-1), out.reshape(-1)
-        given, taken = np.cumsum([0, *counts]).tolist(), np.cumsum([0, *out_counts]).tolist()
-        me = self.rank
-        out[taken[me] : taken[me + 1]] = mine[given[me] : given[me + 1]]
-        self._trade(
-            ((rank, mine[given[rank] : given[rank + 1]]) for rank in self._after()),
-            ((rank, out[taken[rank] : taken[rank + 1]]) for rank in self._before()),
-            PART_TAG,
-        )
+        given, places = _cut(_bytes(mine), counts, mine.itemsize), _cut(_bytes(out), out_counts, out.itemsize)
+        places[self.rank][:] = given[self.rank]
+        self._trade([(rank, given[rank]) for rank in self._after], [(rank, places[rank]) for rank in self._before], PART_TAG)
 
     def exchange(self, sends: list[tuple[Move, Array]], receives: list[tuple[Move, Array]]) -> None:
         """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
-        self._trade(((m.target, array) for m, array in sends), ((m.source, array) for m, array in receives), MOVE_TAG)
+        self._trade(
+            [(move.target, _bytes(array)) for move, array in sends],
+            [(move.source, _bytes(array)) for move, array in receives],
+            MOVE_TAG,
+        )
 
     # --- one gives, all get -------------------------------------------------------------------------------------------
 
@@ -87,18 +87,12 @@ class Collectives:
         ends = [flat.nbytes * (rank + 1) // self.size for rank in range(self.size)]
         parts = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         if self.rank == root:
-            self._trade(((rank, parts[rank]) for rank in self._after()), (), FILL_TAG)
+            self._trade([(rank, parts[rank]) for rank in self._after], [], FILL_TAG)
+            self._trade([(rank, parts[root]) for rank in self._after], [], PART_TAG)
         else:
-            self._trade((), [(root, parts[self.rank])], FILL_TAG)
-        others = [rank for rank in self._after() if rank != root]
-        if self.rank != root:
-            self._trade(
-                ((rank, parts[self.rank]) for rank in others),
-                ((rank, parts[rank]) for rank in self._before()),
-                PART_TAG,
-            )
-        else:
-            self._trade(((rank, parts[root]) for rank in self._after()), (), PART_TAG)
+            self._trade([], [(root, parts[self.rank])], FILL_TAG)
+            others = [(rank, parts[self.rank]) for rank in self._after if rank != root]
+            self._trade(others, [(rank, parts[rank]) for rank in self._before], PART_TAG)
 
     def tell(self, data: bytes | None, root: int = 0) -> bytes:
         """Broadcast `data` of rank `root` and return it."""
@@ -108,20 +102,20 @@ class Collectives:
         self.fill(buffer, root)
         return buffer.tobytes()
 
-    def _hand_down(self, flat: Array, root: int) -> None:
+    def _hand_down(self, flat: memoryview, root: int) -> None:
         """Broadcast along a binomial tree."""
         place = (self.rank - root) % self.size
         reach = 1
         while reach < self.size and not place & reach:
             reach *= 2
         if place:
-            self._trade((), [((place - reach + root) % self.size, flat)], FILL_TAG)
+            self._trade([], [((place - reach + root) % self.size, flat)], FILL_TAG)
         below = []
         while reach > 1:
             reach //= 2
             if place + reach < self.size:
                 below.append((place + reach + root) % self.size)
-        self._trade(((rank, flat) for rank in below), (), FILL_TAG)
+        self._trade([(rank, flat) for rank in below], [], FILL_TAG)
 
     # --- meeting ------------------------------------------------------------------------------------------------------
 
@@ -144,25 +138,30 @@ class Collectives:
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
-    def _after(self) -> list[int]:
-        """Return the other ranks, the next one first, so that not all send to one at a time."""
-        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
-
-    def _before(self) -> list[int]:
-        return [(self.rank - distance) % self.size for distance in range(1, self.size)]
-
-    def _trade(self, sends: Iterable[tuple[int, Array]], receives: Iterable[tuple[int, Array]], tag: int) -> None:
-        """Send arrays to ranks and receive others from ranks; those without an element don't travel."""
-        given, taken = [(r, a) for r, a in sends if a.size], [(r, a) for r, a in receives if a.size]
+    def _trade(self, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int) -> None:
+        """Send bytes to ranks and receive others from ranks; where there are none, nothing travels."""
 
         def begun() -> Iterator[MPI.Request]:
-            for rank, array in taken:
-                yield self.comm.Irecv([_bytes(array), MPI.BYTE], rank, tag)
-            for rank, array in given:
-                yield self.comm.Isend([_bytes(array), MPI.BYTE], rank, tag)
+            for rank, place in receives:
+                if place.nbytes:
+                    yield self.comm.Irecv(place, rank, tag)
+            for rank, part in sends:
+                if part.nbytes:
+                    yield self.comm.Isend(part, rank, tag)
 
-        self.watch.requests(begun(), sum(array.nbytes for _, array in (*given, *taken)))
+        nbytes = sum(part.nbytes for _, part in sends) + sum(place.nbytes for _, place in receives)
+        self.watch.requests(begun(), nbytes)
 
 
-def _bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
+def _bytes(array: Array) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # NumPy says so from Python 3.12 on
+
+
+def _cut(whole: memoryview, counts: Sequence[int], itemsize: int) -> list[memoryview]:
+    """Return the parts of `counts` items each that follow each other."""
+    parts, start = [], 0
+    for count in counts:
+        end = start + int(count) * itemsize
+        parts.append(whole[start:end])
+        start = end
+    return parts
