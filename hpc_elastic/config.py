@@ -175,6 +175,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigError(f'a timetable is given, but policy = "{self.policy}": set policy = "timetable"')
         if self.supply and self.broker != "script":
             raise ConfigError(f'a supply is given, but broker = "{self.broker}": set broker = "script"')
+        if self.broker == "slurm" and self.arrival == "spawn":
+            raise ConfigError('arrival = "spawn" reaches no other node, but broker = "slurm" gets some: leave arrival out')
         if self.broker == "script" and not self.supply:
             raise ConfigError('broker = "script" needs a supply, such as supply = "0:1,20:3"')
 

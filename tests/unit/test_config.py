@@ -208,6 +208,7 @@ def test_errors_in_a_file(tmp_path):
         ({"timetable": "1:2"}, 'a timetable is given, but policy = "auto"'),
         ({"timetable": "1:2", "policy": "fixed"}, 'policy = "fixed"'),
         ({"broker": "script"}, "needs a supply"),
+        ({"broker": "slurm", "arrival": "spawn"}, "leave arrival out"),
     ],
 )
 def test_contradictions(given, message):
