@@ -16,6 +16,9 @@ def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
+LOCALHOST = "localhost"  # where the leader is
+
+
 class Member(msgspec.Struct, frozen=True):
     """One rank's process, under a number that it keeps for its whole life.
 
@@ -80,13 +83,13 @@ class Lease(msgspec.Struct, frozen=True):
     host : str
         Where it is.
     companion : int
-        Number of the companion, another allocation with an agent that starts processes there; -1 for this host.
+        Number of the companion, another allocation with an agent that starts processes there; -1 for the job's own host.
     gpus : str
         GPUs of the rank, as ``CUDA_VISIBLE_DEVICES`` names them; empty leaves that variable alone.
     """
 
     slot: int
-    host: str = "localhost"
+    host: str = LOCALHOST
     companion: int = -1
     gpus: str = ""
 

@@ -24,11 +24,16 @@ def unused_below(parent: Path, name: str) -> Path:
     raise RunDirectoryError(f"{parent} is full of runs named {stem}: name one with --run-dir")
 
 
+def companion_name(companion: int) -> str:
+    """Return the name of a companion's files; a negative number stands for the job's own allocation."""
+    return str(companion) if companion >= 0 else "own"
+
+
 def companion_file(run_path: Path, companion: int, kind: str) -> Path:
     """Return where the agent of a companion says something: see `hpc_elastic.agent`."""
-    return run_path / "companions" / f"{companion}.{kind}"
+    return run_path / "companions" / f"{companion_name(companion)}.{kind}"
 
 
 def order_file(run_path: Path, companion: int, member: int) -> Path:
     """Return where the agent of a companion is told to start newcomer `member`."""
-    return run_path / "companions" / str(companion) / f"{member}.json"
+    return run_path / "companions" / companion_name(companion) / f"{member}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from . import events, launching
 from .attempt import Attempt, lose
 from .broker.slurm import leases
+from .broker.slurm.getting import own_agent
 from .checkpoint import Checkpoint, Store
 from .comm.vendor import prepare
 from .config import RUN_VARIABLE, SUPERVISED_VARIABLE, build
@@ -58,6 +60,7 @@ class Supervisor:
         self._asked = self._settled = self._reached = False
         self._starts = len(_starts(self.run))
         self._setbacks: list[Setback] = []
+        self._agent: subprocess.Popen[bytes] | None = None  # in a Slurm job
 
     @classmethod
     def start(cls, script: str, arguments: list[str], given: dict[str, Any], *, module: bool = False) -> Supervisor:
@@ -145,9 +148,10 @@ class Supervisor:
             raise LaunchError(f"{self.mpiexec} can't be started: {error.strerror}") from error
         well = False
         try:
-            self._watch(attempt)
+            self._watch(attempt, environ)
             well = self._ended_well()
         finally:
+            self._end_agent()
             if well:
                 self._outputs.finish()
             self._outputs.relay(all_of_it=True)
@@ -160,9 +164,12 @@ class Supervisor:
 
     # --- while it runs ------------------------------------------------------------------------------------------------
 
-    def _watch(self, attempt: Attempt) -> None:
+    def _watch(self, attempt: Attempt, environ: dict[str, str]) -> None:
         over = False
         while not over and not self._heed():
+            if self._settled and self._agent is None and self.config.broker == "slurm":
+                null = subprocess.DEVNULL
+                self._agent = subprocess.Popen(own_agent(self.run.path), env=environ, stdin=null, start_new_session=True)
             self._show()
             self._outputs.relay()
             try:
@@ -173,6 +180,12 @@ class Supervisor:
                 self._interrupts.wait(LOOK_S)
         self._show()
         self._progress.close()
+
+    def _end_agent(self) -> None:
+        if self._agent is not None:
+            self._agent.terminate()
+            self._agent.wait()
+            self._agent = None
 
     def _show(self) -> None:
         status = self._status()

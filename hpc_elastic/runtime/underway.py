@@ -131,6 +131,7 @@ class Invitations:
             member=member,
             slot=lease.slot,
             companion=lease.companion,
+            host=lease.host,
             gpus=lease.gpus,
             run_dir=str(session.run.path),
             settings=msgspec.to_builtins(session.config),

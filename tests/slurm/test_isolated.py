@@ -58,14 +58,20 @@ def test_a_node_is_cut_off(isolated, static, tmp_path):
 
 
 def test_a_rank_is_killed(isolated, static, tmp_path):
-    """The others know before they send it something, over a connection that has broken, which would crash them."""
+    """The others know before they send it something, over a connection that has broken, which would crash them.
+
+    The first rank is replaced on its host, though the leader is elsewhere then.
+    """
     job = Elastic(isolated, tmp_path)
     job.submit(epochs=EPOCHS, pause_s=0.05)
     job.ranks(4)
-    for _ in range(3):
+    first = job.run.status().members[0].host
+    for rank in (3, 0, 3):
         lost = len(happened(job.path, events.Lost))
         until(lambda: job.run.status().ranks == 4)
-        member = job.run.status().members[-1]
+        hosts = [member.host for member in job.run.status().members]
+        assert first in hosts
+        member = job.run.status().members[rank]
         isolated.run(["kill", "-KILL", member.pid], member.host)
         until(lambda before=lost: len(happened(job.path, events.Lost)) > before, 20)
     job.ended_well(static)

@@ -171,3 +171,17 @@ def test_the_sentinel_notes_the_signal(run):
     finally:
         started.kill()
         started.wait()
+
+
+def test_the_agent_of_the_jobs_own_host(run):
+    """It forgets what the one of an attempt before has left, starts what it is told, and ends nothing but itself."""
+    companion_file(run.path, -1, "end").write_text("it was told to end")
+    note = run.path / "note"
+    command = [sys.executable, "-I", "-S", AGENT, "--own", run.path, "own", str(LIMIT_S)]
+    with subprocess.Popen(command, env=os.environ | {"SLURMD_NODENAME": "n1", "SLURM_JOB_ID": "17", "PATH": ""}) as started:
+        until(companion_file(run.path, -1, "held.json").exists)
+        assert not companion_file(run.path, -1, "end").exists()
+        run.put(order_file(run.path, -1, 3), {"command": ["/bin/sh", "-c", f"echo $X > {note}"], "environ": {"X": "y"}})
+        until(lambda: note.exists() and note.read_text() == "y\n")
+        started.terminate()
+    assert companion_file(run.path, -1, "end").read_text() == "it was told to end"

@@ -231,8 +231,19 @@ def test_a_new_leader_goes_on_with_those_that_are_used(desk, now):
     desk.companion(4, Companion(4, Asked(ranks=1, time=0.0, allocation=104)))
     desk.held(4, "n2")
     lease = Lease(5 * 1024, "n2", 4)
-    broker = SlurmBroker(desk, Limits(own_slots=False), (*SEED, lease), clock=lambda: now[0])
+    broker = SlurmBroker(desk, Limits(own_host="n1"), (*SEED, lease), clock=lambda: now[0])
     assert not desk.told
     assert lease in poll(broker).leases
     broker.request(1, 60.0)
     assert desk.told[0][:2] == ("ask", 5)
+
+
+def test_a_leader_elsewhere_uses_the_jobs_own_host(desk, now):
+    """The agent there starts ranks, since the first one is lost."""
+    desk.companion(4, Companion(4, Asked(ranks=1, time=0.0, allocation=104)))
+    desk.held(4, "n2")
+    lease = Lease(5 * 1024, "n2", 4)
+    broker = SlurmBroker(desk, Limits(own_host="n1"), (lease,), clock=lambda: now[0])
+    broker.request(1, 60.0)
+    assert Lease(0, "n1") in poll(broker).leases
+    assert not desk.told

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...model import Lease, Supply
+from ...model import LOCALHOST, Lease, Supply
 from .companions import Companion, companion_of
 from .desk import Desk, State
 from .room import Room
@@ -32,15 +32,15 @@ class Limits:
         How long a companion may be pending.
     node_hours : float
         Node-hours that companions may use in all; 0 for no limit.
-    own_slots : bool
-        True on the host of the job's batch script, where ranks can be started without a companion.
+    own_host : str
+        Host of the job's batch script, where ranks can be started without a companion; empty if it is this one.
     """
 
     considerate: bool = True
     ranks_per_node: int = 1
     patience_s: float = 10.0
     node_hours: float = 0.0
-    own_slots: bool = True
+    own_host: str = ""
 
 
 class SlurmBroker:
@@ -105,7 +105,7 @@ class SlurmBroker:
         """Grant free slots of this host at once, and ask for companions for the others."""
         self._refused = ""
         own = self._own_free()[: max(n, 0)]
-        self._leases += tuple(Lease(slot) for slot in own)
+        self._leases += tuple(Lease(slot, self._limits.own_host or LOCALHOST) for slot in own)
         state, now = self._desk.state, self._clock()
         queue = self._queue(state)
         left = n - len(own)
@@ -186,8 +186,6 @@ class SlurmBroker:
         return self._judged[1]
 
     def _own_free(self) -> list[int]:
-        if not self._limits.own_slots:
-            return []
         now = self._clock()
         taken = {lease.slot for lease in self._leases}
         barred = {slot for slot, until in self._slot_bars.items() if until > now}

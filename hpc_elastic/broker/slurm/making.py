@@ -67,7 +67,7 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
         ranks_per_node=config.ranks_per_node,
         patience_s=config.patience_s,
         node_hours=config.node_hours,
-        own_slots=host == socket.gethostname(),
+        own_host="" if host == socket.gethostname() else host,
     )
     return SlurmBroker(Desk(slurm, files, needs, getting), limits, leases)
 
