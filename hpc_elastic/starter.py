@@ -151,4 +151,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # At once: a SIGTERM while the interpreter ends would make it look as if the agent did not run.
+    os._exit(main())

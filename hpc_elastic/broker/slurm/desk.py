@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .wishes import Needs
 
 FILES_EVERY_S = 0.01
+STRAY_S = 10.0  # how long agents may take to have Slurm end their companions
 QUEUE_EVERY_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
 
@@ -183,7 +184,15 @@ class Desk:
                 with self._lock:
                     self.state = replace(self.state, needs=needs, snapshot=snapshot, read_s=read_s, trouble="")
                 self._note_limits(snapshot)
+                self._end_strays(snapshot)
             time.sleep(pause)
+
+    def _end_strays(self, snapshot: Snapshot) -> None:
+        """End allocations of companions that have ended: a salloc that is killed may leave what it was granted."""
+        over = {self._files.name(n): c.ended_s for n, c in self.state.companions.items() if c.end is not None}
+        live = [job for job in snapshot.jobs if job.comment in over and (job.pending or job.running)]
+        with contextlib.suppress(SlurmError):
+            self._slurm.cancel(job.id for job in live if time.time() - over[job.comment] > STRAY_S)
 
     def _note_limits(self, snapshot: Snapshot) -> None:
         """Write down when companions end at the latest, where that is new."""

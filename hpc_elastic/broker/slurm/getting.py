@@ -83,7 +83,8 @@ class AtOnce:
 
     def _wait(self, number: int, process: subprocess.Popen[bytes]) -> None:
         _, said = process.communicate()
-        if process.returncode and not self._files.path(number, "release").exists():
+        # One that was killed may have left an allocation, or an agent that runs: who looks after companions sees to it.
+        if process.returncode > 0 and not self._files.path(number, "release").exists():
             self._files.end(number, str(text.refusal("salloc", said.decode(errors="replace"), process.returncode)))
 
 

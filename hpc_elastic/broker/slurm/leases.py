@@ -11,7 +11,7 @@ from ...errors import SlurmError
 from .commands import Commands
 from .companions import Companion, Files
 
-AGENTS_S = 3.0  # how long agents may take to end their companions
+AGENTS_S = 1.0  # how long agents may take to end their companions; Slurm may soon kill who waits for that
 LOOK_S = 0.02
 
 
@@ -71,7 +71,11 @@ def end(run_path: Path) -> None:
     deadline = time.monotonic() + AGENTS_S
     while left() and time.monotonic() < deadline:
         time.sleep(LOOK_S)
-    numbers = [companion.asked.allocation for companion in left() if companion.asked.allocation]
-    if numbers:
+    slurm = Commands()
+    with contextlib.suppress(SlurmError):
+        slurm.cancel(companion.asked.allocation for companion in left() if companion.asked.allocation)
+    # A salloc that is killed may have been granted what it told nobody.
+    unheard = {files.name(companion.number) for companion in files.read().values() if not companion.asked.allocation}
+    if unheard:
         with contextlib.suppress(SlurmError):
-            Commands().cancel(numbers)
+            slurm.cancel(job.id for job in slurm.snapshot().jobs if job.comment in unheard and (job.pending or job.running))
