@@ -1,7 +1,7 @@
 """Collectives of messages between two ranks each, all of which can be left when a rank is lost.
 
-MPI's own would do, but for losses: MPICH crashes in a collective that begins to send to a rank whose connection has just
-broken, which takes a second rank along. A single message to such a rank is an error.
+MPI's own would do, but for losses: MPICH crashes when it begins to send to a rank whose connection has just broken, and MPI's
+own begin to send in the midst of a call. Here nothing is begun after the connections were looked at (`Watch.requests`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from ..model import Move
+from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
 from .waiting import Watch
 
@@ -84,15 +85,13 @@ class Collectives:
             return
         # Each rank gets a part from the root, and gives it to all others.
         self.meet(flat.nbytes)
-        ends = [flat.nbytes * (rank + 1) // self.size for rank in range(self.size)]
-        parts = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        parts = [flat[start:stop] for start, stop in blocks(flat.nbytes, self.size)]
         if self.rank == root:
             self._trade([(rank, parts[rank]) for rank in self._after], [], FILL_TAG)
-            self._trade([(rank, parts[root]) for rank in self._after], [], PART_TAG)
         else:
             self._trade([], [(root, parts[self.rank])], FILL_TAG)
-            others = [(rank, parts[self.rank]) for rank in self._after if rank != root]
-            self._trade(others, [(rank, parts[rank]) for rank in self._before], PART_TAG)
+        lacking = [] if self.rank == root else [(rank, parts[rank]) for rank in self._before]
+        self._trade([(rank, parts[self.rank]) for rank in self._after if rank != root], lacking, PART_TAG)
 
     def tell(self, data: bytes | None, root: int = 0) -> bytes:
         """Broadcast `data` of rank `root` and return it."""
