@@ -2,7 +2,7 @@
 
     python -I -S agent.py --step RUN N QUIET_S      a step of companion N, an allocation of one node (`hpc_elastic.starter`)
     python -I -S agent.py RUN N QUIET_S             the script of companion N, a batch job of one node
-    python -I -S agent.py --own RUN own QUIET_S     beside the supervisor, for the job's own host: nothing ends with it
+    python -I -S agent.py RUN own QUIET_S           beside the supervisor, for the job's own host: nothing ends with it
     python -I -S agent.py --sentinel RUN N          a step in that, which is told when the companion is to go
 
 Run by path, it imports nothing of the package. The companion ends with it, and nobody else has to be there for that: with
@@ -37,8 +37,8 @@ LEFT = ("ended", "stopped")
 class Agent:
     """The agent of one companion."""
 
-    def __init__(self, run: str, number: str, quiet_s: float, *, is_step: bool = False, is_own: bool = False) -> None:
-        self.run, self.number, self.quiet_s, self.is_step, self.is_own = run, number, quiet_s, is_step, is_own
+    def __init__(self, run: str, number: str, quiet_s: float, *, is_step: bool = False) -> None:
+        self.run, self.number, self.quiet_s, self.is_step = run, number, quiet_s, is_step
         self.orders = os.path.join(run, "companions", number)
         self.guards: dict[int, subprocess.Popen[bytes]] = {}
         self.sentinel: subprocess.Popen[bytes] | None = None
@@ -66,7 +66,7 @@ class Agent:
             f'"allocation":{quoted(os.environ.get("SLURM_JOB_ID", ""))},"gpus":{quoted(gpus)},'
             f'"pid":{os.getpid()},"time":{time.time()}}}'
         )
-        if self.is_own:
+        if self.number == "own":
             self.forget()
         elif self.is_step:
             signal.signal(signal.SIGTERM, self.told)
@@ -275,7 +275,7 @@ def main() -> None:
         sentinel(arguments[1], arguments[2])
         return
     run, number, quiet_s = arguments[-3:]
-    agent = Agent(run, number, float(quiet_s), is_step=arguments[0] == "--step", is_own=arguments[0] == "--own")
+    agent = Agent(run, number, float(quiet_s), is_step=arguments[0] == "--step")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     why = "it was told to end"
     try:

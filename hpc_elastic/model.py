@@ -17,6 +17,7 @@ def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
 
 
 LOCALHOST = "localhost"  # where the leader is
+OWN = -1  # instead of a companion's number: the job's own allocation
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -83,14 +84,14 @@ class Lease(msgspec.Struct, frozen=True):
     host : str
         Where it is.
     companion : int
-        Number of the companion, another allocation with an agent that starts processes there; -1 for the job's own host.
+        Number of the companion, another allocation with an agent that starts processes there, or `OWN`.
     gpus : str
         GPUs of the rank, as ``CUDA_VISIBLE_DEVICES`` names them; empty leaves that variable alone.
     """
 
     slot: int
     host: str = LOCALHOST
-    companion: int = -1
+    companion: int = OWN
     gpus: str = ""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config import Config
 from .errors import RunDirectoryError
+from .model import OWN
 
 
 def checkpoint_folder(config: Config, run_path: Path) -> Path:
@@ -25,8 +26,8 @@ def unused_below(parent: Path, name: str) -> Path:
 
 
 def companion_name(companion: int) -> str:
-    """Return the name of a companion's files; a negative number stands for the job's own allocation."""
-    return str(companion) if companion >= 0 else "own"
+    """Return the name of a companion's files."""
+    return "own" if companion == OWN else str(companion)
 
 
 def companion_file(run_path: Path, companion: int, kind: str) -> Path:

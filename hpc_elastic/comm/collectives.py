@@ -1,7 +1,8 @@
 """Collectives of messages between two ranks each, all of which can be left when a rank is lost.
 
-MPI's own would do, but for losses: MPICH crashes when it begins to send to a rank whose connection has just broken, and MPI's
-own begin to send in the midst of a call. Here nothing is begun after the connections were looked at (`Watch.requests`).
+MPI's own would do, but for losses: MPICH crashes when it begins to send to a rank whose connection has just broken, and its
+own collectives begin to send at any time. Here all is begun at once, when the connections have been looked at
+(`Watch.requests`).
 """
 
 from __future__ import annotations

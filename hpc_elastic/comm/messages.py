@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from mpi4py import MPI
 
-from ..model import LOCALHOST, Member
+from ..model import LOCALHOST, OWN, Member
 from ..rundir import RunDirectory
 
 TO_NEWCOMER, WAKE_TAG, CHAIN_TAG, BRIDGE_TAG = 11, 12, 13, 14
@@ -42,7 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     member: int
     slot: int
-    companion: int = -1
+    companion: int = OWN
     host: str = LOCALHOST
     gpus: str = ""
     run_dir: str

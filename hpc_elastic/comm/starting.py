@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .. import places
 from ..config import STDERR_VARIABLE
-from ..model import LOCALHOST, Member
+from ..model import LOCALHOST, OWN, Member
 from ..rundir import RunDirectory
 from .messages import Options, options_file
 
@@ -107,7 +107,7 @@ def start(run: RunDirectory, options: Options) -> Guarded:
     worker = [sys.executable, "-m", "hpc_elastic.worker", options.run_dir, str(options.member)]
     command = [*guard, options.run_dir, str(options.member), *worker]
     environ = without_session() | ({"CUDA_VISIBLE_DEVICES": options.gpus} if options.gpus else {})
-    if options.companion < 0 and options.host in (LOCALHOST, socket.gethostname()):
+    if options.companion == OWN and options.host in (LOCALHOST, socket.gethostname()):
         stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
         return Near(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=stderr))
     environ = {key: value for key, value in environ.items() if key in CLUSTER or not key.startswith(SCHEDULER)}

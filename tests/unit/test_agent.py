@@ -177,7 +177,7 @@ def test_the_agent_of_the_jobs_own_host(run):
     """It forgets what the one of an attempt before has left, starts what it is told, and ends nothing but itself."""
     companion_file(run.path, -1, "end").write_text("it was told to end")
     note = run.path / "note"
-    command = [sys.executable, "-I", "-S", AGENT, "--own", run.path, "own", str(LIMIT_S)]
+    command = [sys.executable, "-I", "-S", AGENT, run.path, "own", str(LIMIT_S)]
     with subprocess.Popen(command, env=os.environ | {"SLURMD_NODENAME": "n1", "SLURM_JOB_ID": "17", "PATH": ""}) as started:
         until(companion_file(run.path, -1, "held.json").exists)
         assert not companion_file(run.path, -1, "end").exists()

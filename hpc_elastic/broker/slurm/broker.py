@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...model import LOCALHOST, Lease, Supply
+from ...model import LOCALHOST, OWN, Lease, Supply
 from .companions import Companion, companion_of
 from .desk import Desk, State
 from .room import Room
@@ -33,14 +33,14 @@ class Limits:
     node_hours : float
         Node-hours that companions may use in all; 0 for no limit.
     own_host : str
-        Host of the job's batch script, where ranks can be started without a companion; empty if it is this one.
+        Host of the job's batch script, where ranks can be started without a companion.
     """
 
     considerate: bool = True
     ranks_per_node: int = 1
     patience_s: float = 10.0
     node_hours: float = 0.0
-    own_host: str = ""
+    own_host: str = LOCALHOST
 
 
 class SlurmBroker:
@@ -105,7 +105,7 @@ class SlurmBroker:
         """Grant free slots of this host at once, and ask for companions for the others."""
         self._refused = ""
         own = self._own_free()[: max(n, 0)]
-        self._leases += tuple(Lease(slot, self._limits.own_host or LOCALHOST) for slot in own)
+        self._leases += tuple(Lease(slot, self._limits.own_host) for slot in own)
         state, now = self._desk.state, self._clock()
         queue = self._queue(state)
         left = n - len(own)
@@ -134,10 +134,10 @@ class SlurmBroker:
         companions = self._desk.state.companions
         if bar_s > 0:
             until = self._clock() + bar_s
-            self._slot_bars |= {slot: until for slot in gone if companion_of(slot) < 0}
+            self._slot_bars |= {slot: until for slot in gone if companion_of(slot) == OWN}
             nodes = {c.held.node for slot in gone if (c := companions.get(companion_of(slot))) and c.held}
             self._bars |= dict.fromkeys(nodes, until)
-        for number in before - after - {-1} - self._awaited.keys():
+        for number in before - after - {OWN} - self._awaited.keys():
             self._desk.release(number)
             self._coming[number] = self._clock()
 
@@ -256,7 +256,7 @@ class SlurmBroker:
         found = []
         used_up = self._used_up(state, now)
         room = self._room(state, queue, now)
-        held = {companion_of(lease.slot) for lease in self._leases} - {-1}
+        held = {companion_of(lease.slot) for lease in self._leases} - {OWN}
         for number in sorted(held):
             companion = state.companions.get(number)
             if companion is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from ...errors import SlurmError, SlurmUnreachable
+from ...model import OWN
 from ...places import companion_name
 from . import text
 from .calls import environment
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent.parent
 PYTHON = (sys.executable, "-I", "-S")  # neither site-packages nor the environment's Python settings: there at once
-OWN = -1
 QUIET_S = 30.0  # without a sign of life of any rank, a companion ends itself
 TRIES_FOR_S = 60.0  # how long an order is tried while Slurm can't be reached
 
@@ -36,7 +36,7 @@ def agent(run_path: Path, number: int, *options: str) -> list[str]:
 
 def own_agent(run_path: Path) -> list[str]:
     """Return the command of the agent of the job's own host, which starts ranks there if the leader is elsewhere."""
-    return agent(run_path, OWN, "--own")
+    return agent(run_path, OWN)
 
 
 class Getting(Protocol):

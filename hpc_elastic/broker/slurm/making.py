@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...config import Config
     from ...model import Lease
 
-OWN = "own.json"
+NEEDS = "own.json"
 
 
 def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBroker:
@@ -36,7 +36,7 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
         If Slurm's commands are not here.
     """
     files = Files(run_path)
-    kept = _kept(files.folder / OWN)
+    kept = _kept(files.folder / NEEDS)
     number = os.environ.get("SLURM_JOB_ID", "")
     if kept is None and not number.isdecimal():
         raise ConfigError(
@@ -56,7 +56,7 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
             return kept
         found = Needs.of(own, host, cpus, options)
         if found != kept:
-            files.put(files.folder / OWN, msgspec.json.encode(found))
+            files.put(files.folder / NEEDS, msgspec.json.encode(found))
         return found
 
     getting: Getting = (
@@ -67,7 +67,7 @@ def make(config: Config, run_path: Path, leases: tuple[Lease, ...]) -> SlurmBrok
         ranks_per_node=config.ranks_per_node,
         patience_s=config.patience_s,
         node_hours=config.node_hours,
-        own_host="" if host == socket.gethostname() else host,
+        own_host=host,
     )
     return SlurmBroker(Desk(slurm, files, needs, getting), limits, leases)
 
