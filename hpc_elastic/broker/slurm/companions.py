@@ -93,7 +93,7 @@ MOST_RANKS = 1024  # a companion's, so that each has slots of its own
 
 
 def companion_of(slot: int) -> int:
-    """Return the number of the companion that a slot belongs to, -1 for the job's own allocation."""
+    """Return the number of the companion that a slot belongs to, or `OWN`."""
     return slot // MOST_RANKS - 1
 
 
@@ -136,12 +136,12 @@ class Files:
     def __init__(self, run_path: Path) -> None:
         self.folder = run_path / "companions"
         self._known: dict[int, Companion] = {}
+        self._hash = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def name(self, number: int) -> str:
         """Return the comment by which Slurm's job is known as companion `number` of this run."""
-        run = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
-        return f"{MARK}{run} {number}"
+        return f"{MARK}{self._hash} {number}"
 
     def path(self, number: int, kind: str) -> Path:
         """Return the path of one of a companion's files."""

@@ -102,8 +102,8 @@ class Desk:
         self._orders.put(lambda: self._cancel(number, why))
 
     def give_up(self, number: int, why: str) -> None:
-        """Do the same for one that has been pending for too long; what Slurm says of it is added to the reason."""
-        self._orders.put(lambda: self._cancel(number, why, is_asked=True))
+        """Do the same for one that has been pending for too long, once Slurm has said why it is."""
+        self._orders.put(lambda: self.cancel(number, why + self._why_pending(number)))
 
     def _carry_orders(self) -> None:
         while True:
@@ -134,23 +134,25 @@ class Desk:
         found = [job.id for job in snapshot.jobs if job.comment == name] if snapshot is not None else []
         return found[0] if found else None
 
-    def _cancel(self, number: int, why: str, *, is_asked: bool = False) -> None:
+    def _cancel(self, number: int, why: str) -> None:
         companion = self._files.read().get(number)
         if companion is None or companion.end is not None:
             return
-        allocation = companion.asked.allocation or self._known(number)
-        if is_asked and allocation:
-            why += self._why_pending(allocation)
-        self._files.release(number)
-        if allocation:
+        if allocation := self._allocation(companion):
             self._slurm.cancel([allocation])
         self._files.end(number, why)
 
-    def _why_pending(self, allocation: int) -> str:
+    def _allocation(self, companion: Companion) -> int | None:
+        return companion.asked.allocation or self._known(companion.number)
+
+    def _why_pending(self, number: int) -> str:
+        """Return what Slurm says of a companion that is pending, to be added to something; nothing if it says nothing."""
+        companion = self._files.read().get(number)
         with contextlib.suppress(SlurmError):
-            job = self._slurm.own_job(allocation)
-            if job is not None and job.pending:
-                return f": {job.reason or 'Slurm gives no reason'}"
+            if companion is not None and (allocation := self._allocation(companion)):
+                job = self._slurm.own_job(allocation)
+                if job is not None and job.pending:
+                    return f": {job.reason or 'Slurm gives no reason'}"
         return ""
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -190,9 +192,8 @@ class Desk:
     def _end_strays(self, snapshot: Snapshot) -> None:
         """End allocations of companions that have ended: a salloc that is killed may leave what it was granted."""
         over = {self._files.name(n): c.ended_s for n, c in self.state.companions.items() if c.end is not None}
-        live = [job for job in snapshot.jobs if job.comment in over and (job.pending or job.running)]
         with contextlib.suppress(SlurmError):
-            self._slurm.cancel(job.id for job in live if time.time() - over[job.comment] > STRAY_S)
+            self._slurm.cancel(job.id for job in snapshot.live(over) if time.time() - over[job.comment] > STRAY_S)
 
     def _note_limits(self, snapshot: Snapshot) -> None:
         """Write down when companions end at the latest, where that is new."""

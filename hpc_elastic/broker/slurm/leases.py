@@ -78,4 +78,4 @@ def end(run_path: Path) -> None:
     unheard = {files.name(companion.number) for companion in files.read().values() if not companion.asked.allocation}
     if unheard:
         with contextlib.suppress(SlurmError):
-            slurm.cancel(job.id for job in slurm.snapshot().jobs if job.comment in unheard and (job.pending or job.running))
+            slurm.cancel(job.id for job in slurm.snapshot().live(unheard))

@@ -6,6 +6,8 @@ in MiB, as Slurm counts it.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import msgspec
 
 BROKEN = frozenset(
@@ -186,6 +188,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     def job(self, number: int) -> QueuedJob | None:
         """Return the job with that number."""
         return next((job for job in self.jobs if job.id == number), None)
+
+    def live(self, comments: Container[str]) -> tuple[QueuedJob, ...]:
+        """Return the jobs with one of these `comments` that wait or run."""
+        return tuple(job for job in self.jobs if job.comment in comments and (job.pending or job.running))
 
     @property
     def pending(self) -> tuple[QueuedJob, ...]:
