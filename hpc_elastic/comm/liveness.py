@@ -105,7 +105,6 @@ class Liveness:
                 self._poll.register(descriptor, select.POLLIN)
         self._members = wanted
         self._gone &= wanted.keys()
-        self._silent &= wanted.keys()
         self._beats.forget(self._condemned.keys() - wanted.keys())
         self._condemned = {number: since for number, since in self._condemned.items() if number in wanted}
 
@@ -139,15 +138,18 @@ class Liveness:
         return record is not None and record.outcome in LEFT
 
     def _look_for_stalls(self, now: float) -> None:
+        silent = set()
         for number, member in self._members.items():
             if number in self._gone:
                 continue
             if member.host != self._host and self._run.end_of(number) is not None:
                 self._gone.add(number)
             silence_s = self._beats.silence(number)
-            (self._silent.add if silence_s > SILENT_S else self._silent.discard)(number)
+            if silence_s > SILENT_S:
+                silent.add(number)
             if silence_s > self._beats.stall_s:
                 self._condemn(number, member, now)
+        self._silent = silent
 
     def silent(self) -> list[Member]:
         """Return those of other hosts of whom there has been no sign of life for some seconds: they may be lost."""

@@ -85,8 +85,13 @@ def _inode(descriptor: int) -> int:
 
 def _duplicate(descriptor: int) -> socket.socket | None:
     try:
-        return socket.socket(fileno=os.dup(descriptor))
+        copy = os.dup(descriptor)
     except OSError:
+        return None  # it is closed already
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:  # and its number is another file's
+        os.close(copy)
         return None
 
 

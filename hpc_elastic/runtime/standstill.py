@@ -7,9 +7,9 @@ ever go on. If the network has fallen apart, the largest part goes on without th
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -104,28 +104,29 @@ class Standstill:
             return f"all ranks live, and have waited for each other for {waited_s:.0f} s"
         return ""
 
-    def _path(self, number: int) -> str:
-        return f"{self._run.path}/ranks/{number}.waits"
+    def _file(self, number: int) -> Path:
+        return self._run.path / "ranks" / f"{number}.waits"
 
     def _say(self, word: Word) -> None:
-        # In place: over NFS a reader sees another content of a file sooner than another file of that name.
-        with contextlib.suppress(OSError), open(self._path(self._me.id), "wb", opener=_private) as file:
-            file.write(msgspec.json.encode(word))
+        file = self._file(self._me.id)
+        with contextlib.suppress(OSError):
+            file.touch(mode=0o600)
+            # In place: over NFS a reader sees another content of a file sooner than another file of that name.
+            file.write_bytes(msgspec.json.encode(word))
 
     def _fall_silent(self) -> None:
         if self._count:
             self._count = 0
             self._heard.clear()
             with contextlib.suppress(OSError):
-                os.unlink(self._path(self._me.id))  # noqa: PTH108
+                self._file(self._me.id).unlink()
 
     def _words(self, members: Sequence[Member]) -> dict[int, Word]:
         """Return the words of those who say that they wait."""
         now, found = time.monotonic(), {}
         for member in members:
             try:
-                with open(self._path(member.id), "rb") as file:  # noqa: PTH123
-                    word = msgspec.json.decode(file.read(), type=Word)
+                word = msgspec.json.decode(self._file(member.id).read_bytes(), type=Word)
             except (OSError, msgspec.MsgspecError):
                 continue
             if self._heard.get(member.id, (0, 0.0))[0] != word.count:
@@ -133,7 +134,3 @@ class Standstill:
             if now - self._heard[member.id][1] < FRESH_S:
                 found[member.id] = word
         return found
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

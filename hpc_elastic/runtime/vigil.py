@@ -66,7 +66,7 @@ class Vigil:
         self._doubtful: set[str] = set()
         self._wires = Wires()
         self._broken_since = 0.0
-        self._departed: dict[str, float] = {}  # host -> when a member there left or was lost
+        self._departed: dict[str, float] = {}  # host of a leaver -> until when connections with it may break
         self._members: tuple[Member, ...] = ()
         self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
         self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
@@ -79,7 +79,8 @@ class Vigil:
             self._liveness.watch(self._members)
         # Connections with those lost have broken already; with those who leave they will.
         self._wires.forget(self._wires.broken())
-        self._departed |= {member.host: time.monotonic() for member in before if member.id not in stay}
+        until = time.monotonic() + DEPARTED_S
+        self._departed |= {member.host: until for member in before if member.id not in stay}
         self._changed.set()
 
     def gone(self, members: Iterable[Member]) -> frozenset[int]:
@@ -110,7 +111,7 @@ class Vigil:
             return False
         now = time.monotonic()
         self._broken_since = self._broken_since or now
-        known = {host for host in hosts if now - self._departed.get(host, -DEPARTED_S) < DEPARTED_S}
+        known = {host for host in hosts if now < self._departed.get(host, 0.0)}
         self._wires.forget(hosts if now - self._broken_since > UNKNOWN_S else known)
         self._liveness.hurry()
         return bool(hosts - known)
@@ -168,8 +169,8 @@ class Vigil:
     def _look_at_hosts(self, ends: Callable[[str], None]) -> None:
         """Look for hosts that are lost, and standstills. In a thread of its own: asking other hosts can take long."""
         while not self.over:
-            self._reach.learn({member.host for member in self._members} - {self.me.host})
             if others := {member.host for member in self._members} - {self.me.host}:
+                self._reach.learn(others)
                 self._wires.scan({address: host for address, host in self._reach.hosts.items() if host in others})
             with self._lock:
                 silent = self._liveness.silent()

@@ -21,7 +21,7 @@ def names(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     if PLAIN.fullmatch(text):
-        return (text,)  # most are, and reading them is most of what a large queue costs
+        return (text,)  # most are, and ClusterShell takes 20 us for each
     from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
 
     try:
