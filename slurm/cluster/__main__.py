@@ -1,10 +1,10 @@
 """The command line of the cluster for tests.
 
-python -m slurm.cluster up --nodes 4 --dir /tmp/cluster
-python -m slurm.cluster run --dir /tmp/cluster -- srun -N 2 hostname
-python -m slurm.cluster status --dir /tmp/cluster
-python -m slurm.cluster crash n2 --dir /tmp/cluster
-python -m slurm.cluster down --dir /tmp/cluster
+python -m slurm.cluster up --nodes 4 --dir cluster
+python -m slurm.cluster run --dir cluster -- srun -N 2 hostname
+python -m slurm.cluster status --dir cluster
+python -m slurm.cluster crash n2 --dir cluster
+python -m slurm.cluster down --dir cluster
 """
 
 from __future__ import annotations

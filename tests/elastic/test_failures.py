@@ -76,7 +76,7 @@ def train(job):
     {setup}
     for i in job.loop(60):
         job.comm.allreduce(1)
-        time.sleep(0.02)
+        time.sleep(0.02)  # stands for a computation: 60 turns last longer than newcomers take to come
     if job.leads:
         print("ranks", job.size, flush=True)
 he.run(train)
@@ -114,6 +114,7 @@ def test_newcomer_that_cannot_come(before, setup, reason, tmp_path):
 def test_job_ends_while_newcomers_warm_up(tmp_path):
     """Newcomers that come too late are sent away, deep in their imports or not."""
     file = tmp_path / "script.py"
+    # Newcomers sleep longer than the test may last: they are ended, not waited for.
     file.write_text(SCRIPT.format(before="", setup="job.joined or time.sleep(60)"))
     with Job(
         hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--timetable", "3:3", file), folder=tmp_path, limit_s=30

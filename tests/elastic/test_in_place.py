@@ -141,7 +141,7 @@ def train(job):
         x += turn
         own += 1
         {deed}
-        time.sleep(float(sys.argv[3]))
+        time.sleep(float(sys.argv[3]))  # stands for a computation, in which ranks are killed
     if job.leads:
         print("sha256", int(x[0]), flush=True)
 

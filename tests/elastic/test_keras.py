@@ -15,7 +15,9 @@ from .test_same_bits import timetable as random_timetable
 
 pytestmark = [
     pytest.mark.tensorflow,
-    pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="the environment has no TensorFlow"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
+    ),
 ]
 EPOCHS = 2  # 64 steps; the timetables' 48 lie within
 

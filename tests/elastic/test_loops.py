@@ -20,7 +20,7 @@ def train(job):
     for loop, n in enumerate(({first}, {second})):
         for i in job.loop(n):
             x += (loop + 1) * (i + 1)
-            time.sleep(0.005)
+            time.sleep(0.005)  # stands for a computation: a loop lasts longer than newcomers take to come
     total = job.comm.allgather(x.tobytes())
     assert len(set(total)) == 1
     if job.leads:
@@ -69,7 +69,7 @@ def train(job):
     {before}
     for i in job.loop(100):
         {inside}
-        time.sleep(0.01)
+        time.sleep(0.01)  # stands for a computation: a newcomer can come before turn 100
 he.run(train)
 """
 
@@ -138,6 +138,7 @@ def test_run_directory_removed(tmp_path):
 def test_newcomer_deaf_to_sigterm(tmp_path):
     """A newcomer still warming up when the job ends is ended, whether it heeds SIGTERM or not."""
     file = tmp_path / "job.py"
+    # It sleeps longer than the test may last, and does not hear SIGTERM: what ends it is SIGKILL.
     before = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); job.joined or time.sleep(60)"
     file.write_text(STATE.format(before=before, inside="pass"))
     with Job(

@@ -19,7 +19,7 @@ def train(job):
         above, below = plate.halo(1)
         if len(plate.local):
             plate.local = sweep(plate.local, above, below)
-        time.sleep(PAUSE)
+        time.sleep(PAUSE)  # stands for a turn that computes for so long: ranks come and go meanwhile
     whole = plate.gather()
     if whole is not None:
         print("sha256", hashlib.sha256(whole.tobytes()).hexdigest())

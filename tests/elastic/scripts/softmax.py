@@ -37,7 +37,7 @@ def train(job):
     momentum = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
     job.register(weights=weights, momentum=momentum)
     if not job.joined:
-        time.sleep(arguments.warm)
+        time.sleep(arguments.warm)  # stands for slow imports
     fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
     with he.open_shards(arguments.shards) as shards:
         for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch):
@@ -55,7 +55,7 @@ def train(job):
                 momentum[name] *= np.float32(0.9)
                 momentum[name] += value
                 weights[name] -= np.float32(0.5) * momentum[name]
-            time.sleep(arguments.pause)
+            time.sleep(arguments.pause)  # stands for a larger model: ranks come and go while it computes
     if job.leads:
         digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights)))
         print("sha256", digest.hexdigest())
