@@ -37,8 +37,7 @@ def with_state(job: he.Job) -> None:
             gradient += np.float32(micro["image"].mean() - 127)
             step.add([gradient])
         (total,) = step.reduce()
-        total *= np.float32(0.1)
-        weights -= total
+        weights -= np.float32(0.1) * total
         stamps.finished(step.number, job.size)
 
 

@@ -62,11 +62,11 @@ class Collectives:
         places[self.rank][:] = own
         self._trade([(rank, own) for rank in self._after], [(rank, places[rank]) for rank in self._before], PART_TAG)
 
-    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None:
-        """Send ``counts[r]`` elements to every rank r, and receive ``out_counts[r]`` from it, both in rank order."""
-        given, places = _cut(_bytes(mine), counts, mine.itemsize), _cut(_bytes(out), out_counts, out.itemsize)
-        places[self.rank][:] = given[self.rank]
-        self._trade([(rank, given[rank]) for rank in self._after], [(rank, places[rank]) for rank in self._before], PART_TAG)
+    def trade(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]]) -> None:
+        """Send arrays to ranks, and receive into others; what two ranks trade comes in the order in which it is named."""
+        self._trade(
+            [(rank, _bytes(array)) for rank, array in sends], [(rank, _bytes(array)) for rank, array in receives], PART_TAG
+        )
 
     def exchange(self, sends: list[tuple[Move, Array]], receives: list[tuple[Move, Array]]) -> None:
         """Carry out `moves`; a move's source and target are ranks of this world, its array the rows that go."""
@@ -124,11 +124,12 @@ class Collectives:
         if nbytes >= LARGE_BYTES:
             self.barrier()
 
-    def barrier(self) -> None:
-        """Wait for all ranks: in rounds, each hears of twice as many."""
-        distance = 1
-        while distance < self.size:
-            before, after = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+    def barrier(self, among: Sequence[int] | None = None) -> None:
+        """Wait for all ranks, or for those `among` them: in rounds, each hears of twice as many."""
+        ranks = range(self.size) if among is None else among
+        place, distance = ranks.index(self.rank), 1
+        while distance < len(ranks):
+            before, after = ranks[(place - distance) % len(ranks)], ranks[(place + distance) % len(ranks)]
             self.watch.requests(self._both(before, after))
             distance *= 2
 

@@ -12,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..model import Generation, Member
+from .board import Board
 from .collectives import Collectives
 from .liveness import DEAF_S, Deaf
 from .messages import BRIDGE_TAG, GREETING_TAG, Party
@@ -93,6 +94,7 @@ class World(Collectives):
         self.generation = generation
         self._user: MPI.Intracomm | None = None
         self._marked: UserComm | None = None
+        self._board: Board | None = None
 
     @classmethod
     def of_seeds(cls, watch: Watch) -> World:
@@ -126,6 +128,13 @@ class World(Collectives):
     def me(self) -> Member:
         """The process that this rank is."""
         return self.generation.members[self.rank]
+
+    @property
+    def board(self) -> Board:
+        """Where the ranks of a host meet in memory. Collective when it is first asked for."""
+        if self._board is None:
+            self._board = Board(self)
+        return self._board
 
     # --- the next generation ------------------------------------------------------------------------------------------
 

@@ -1,59 +1,34 @@
-"""The canonical sum: the same bits at any number of ranks. The order is in `order`, the transport here is plain MPI."""
+"""The canonical sum: the same bits at any number of ranks. Its order is in `order`, transports in `node` and `network`."""
 
 from __future__ import annotations
 
-import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.host import Structure, flatten
+from ..arrays.host import flatten
+from ..comm.board import Board
 from ..errors import StepError
 from ..partition import block
-from .order import Node, TreeSum, present, roots
+from .form import Form, Pool, Slot, Values
+from .network import Messages, Network
+from .node import OneHost, Transport
+from .order import Node, There, TreeSum, shares
 
 Array = NDArray[Any]
-SMALL_BYTES = 1 << 15  # up to here everybody gets all partial sums and adds them up; above, each rank adds up one slice
+SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
 
-class Ranks(Protocol):
+class Ranks(Messages, Protocol):
     """The ranks that take part."""
 
-    rank: int
     size: int
 
-    def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None: ...
-
-    def swap_parts(self, mine: Array, counts: Sequence[int], out: Array, out_counts: Sequence[int]) -> None: ...
-
-    def meet(self, nbytes: int) -> None: ...
-
-
-class Form:
-    """How a structure of arrays lies in one flat buffer a dtype; metrics lie behind the float64 ones."""
-
-    def __init__(
-        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], str], ...], metrics: tuple[str, ...]
-    ) -> None:
-        self.key = structure, arrays, metrics
-        self.structure = structure
-        self.metrics = metrics
-        self.places: list[tuple[str, slice, tuple[int, ...]]] = []
-        self.lengths: dict[str, int] = {}
-        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64).str)):
-            start = self.lengths.get(dtype, 0)
-            self.lengths[dtype] = start + math.prod(shape)
-            self.places.append((dtype, slice(start, self.lengths[dtype]), shape))
-
-    def new(self) -> dict[str, Array]:
-        """Return buffers for one set of values."""
-        return {dtype: np.empty(length, dtype) for dtype, length in self.lengths.items()}
-
-
-Values = dict[str, Array]
+    @property
+    def board(self) -> Board: ...
 
 
 class Sum:
@@ -71,10 +46,13 @@ class Sum:
         self._leaves = leaves
         self._ranks = ranks
         self._form: Form | None = None
-        self._spare: list[Values] = []
-        self._result: Values | None = None
+        self._pool: Pool | None = None
+        self._tree: TreeSum[Slot] | None = None
+        self._added = False  # since the last sum that was done
+        self._held: list[Slot] = []  # of the last sum, which others may still read, or which is its result
         self._total: Values | None = None
-        self._tree: TreeSum[Values] | None = None
+        self._transport: Transport | None = None
+        self._among: Ranks | None = None  # whom the transport is for
 
     @property
     def interval(self) -> tuple[int, int]:
@@ -82,11 +60,18 @@ class Sum:
         ranks = self._ranks()
         return block(self._leaves, ranks.size, ranks.rank)
 
-    def _combine(self, left: Values, right: Values) -> Values:
-        for dtype, values in left.items():
-            np.add(values, right[dtype], out=values)
-        self._spare.append(right)
+    def _combine(self, left: Slot, right: Slot) -> Slot:
+        for dtype, values in left.values.items():
+            np.add(values, right.values[dtype], out=values)
+        self._slots.give([right])
         return left
+
+    @property
+    def _slots(self) -> Pool:
+        if self._pool is None:
+            assert self._form is not None
+            self._pool = Pool(self._form)
+        return self._pool
 
     def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
         """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
@@ -101,46 +86,53 @@ class Sum:
                 f"({len(form.key[1])} arrays, metrics {list(form.metrics)}): "
                 "nesting, keys and their order, shapes and dtypes must stay the same"
             )
-        own = self._spare.pop() if self._spare else form.new()
+        slot = self._slots.take()
         for array, (dtype, place, shape) in zip((*arrays, np.array(list(metrics.values()))), form.places, strict=True):
-            target = own[dtype][place].reshape(shape)
+            target = slot.values[dtype][place].reshape(shape)
             if array.dtype.kind == "f":
                 np.multiply(array, array.dtype.type(weight), out=target)
             else:
                 np.copyto(target, array)
         if self._tree is None:
             self._tree = TreeSum(self._combine, self.interval[0])
-        self._tree.feed(Node(0, index), own)
+        self._tree.feed(Node(0, index), slot)
+        self._added = True
 
     def drop(self) -> None:
         """Forget what was added since the last sum."""
-        self._tree = None
+        if self._added and self._pool is not None:
+            self._pool.recall(self._held)
+        self._tree, self._added = None, False
 
     def exchange(self, empty: set[int]) -> None:
         """Add up over all ranks; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
-        there = [
-            present(roots(*block(self._leaves, ranks.size, rank), self._leaves), empty, self._leaves)
-            for rank in range(ranks.size)
-        ]
+        there = shares(self._leaves, ranks.size, frozenset(empty))
         if self._form is None and there[ranks.rank]:
             raise StepError("step.reduce without any step.add")
         form = self._agreed(ranks, there)
         mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
         self._tree = None
+        slots, read = self._slots, False
         if ranks.size == 1:
-            (result,) = mine
-            if self._result is not None:
-                self._spare.append(self._result)
-            self._result = result
+            self._total = mine[0].values
+        elif form.nbytes <= SMALL_BYTES:
+            self._total = self._across(ranks).small(form, slots, mine, there)
         else:
-            result = {
-                dtype: self._across(ranks, there, [value[dtype] for value in mine], length, np.dtype(dtype))
-                for dtype, length in form.lengths.items()
-            }
-            self._result = None  # it is not one of the buffers, which are all spare again
-            self._spare += mine
-        self._total = result
+            self._total = self._across(ranks).large(form, slots, mine, there)
+            read = True
+        slots.give(self._held)
+        self._held = [] if read else mine
+        if read:
+            slots.give(mine)
+        self._added = False
+
+    def _across(self, ranks: Ranks) -> Transport:
+        if self._transport is None or self._among is not ranks:
+            board = ranks.board
+            self._transport = OneHost(board) if len(board.hosts) == 1 else Network(board, ranks)
+            self._among = ranks
+        return self._transport
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
         """Return the result of an `exchange`. Collective."""
@@ -148,14 +140,16 @@ class Sum:
         return self.result()
 
     def result(self) -> tuple[Any, dict[str, float]]:
-        """Return the sums in the structure of what was added, and the metrics. Valid until the next `exchange`."""
+        """Return the sums in the structure of what was added, and the metrics; read-only, valid until the next exchange."""
         form, total = self._form, self._total
         assert form is not None
         assert total is not None
         arrays = [total[dtype][place].reshape(shape) for dtype, place, shape in form.places]
+        for array in arrays:
+            array.flags.writeable = False  # the other ranks may read the same memory
         return form.structure.build(iter(arrays)), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
 
-    def _agreed(self, ranks: Ranks, there: list[list[Node]]) -> Form:
+    def _agreed(self, ranks: Ranks, there: There) -> Form:
         """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
         if not all(there):
             source = next(rank for rank, nodes in enumerate(there) if nodes)
@@ -168,35 +162,3 @@ class Sum:
                 self._form = Form(*pickle.loads(whole.tobytes()))  # noqa: S301  from a rank of this very job
         assert self._form is not None
         return self._form
-
-    def _across(self, ranks: Ranks, there: list[list[Node]], mine: list[Array], length: int, dtype: np.dtype[Any]) -> Array:
-        """Sum over all ranks, for one dtype; `there` are the partial sums that every rank has."""
-        if not length:
-            return np.empty(0, dtype)
-        most = max(len(nodes) for nodes in there)
-        together = most * length * dtype.itemsize <= SMALL_BYTES
-        cuts = [(0, length)] * ranks.size if together else [block(length, ranks.size, rank) for rank in range(ranks.size)]
-        low, high = cuts[ranks.rank]
-        counts = [len(nodes) * (high - low) for nodes in there]
-        parts = np.empty(sum(counts), dtype)
-        if together:
-            ranks.all_parts(_joined(mine, dtype), parts, counts)
-        else:
-            ranks.meet(length * dtype.itemsize)
-            pieces = [values[start:stop] for start, stop in cuts for values in mine]
-            ranks.swap_parts(_joined(pieces, dtype), [len(mine) * (stop - start) for start, stop in cuts], parts, counts)
-        tree: TreeSum[Array] = TreeSum(lambda left, right: np.add(left, right, out=left))
-        rows = iter(parts.reshape(-1, high - low) if high > low else [parts] * sum(map(len, there)))
-        for nodes in there:
-            for node in nodes:
-                tree.feed(node, next(rows))
-        total = tree.total()
-        if together:
-            return total
-        whole = np.empty(length, dtype)
-        ranks.all_parts(np.ascontiguousarray(total), whole, [stop - start for start, stop in cuts])
-        return whole
-
-
-def _joined(parts: list[Array], dtype: np.dtype[Any]) -> Array:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)

@@ -7,14 +7,17 @@ all ranks are combined along the same tree, so that every addition has the same 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ..errors import StepError
+from ..partition import blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable
 
 T = TypeVar("T")
+Tree = int | tuple[Any, Any]  # the number of a value, or two trees
 
 
 class Node(NamedTuple):
@@ -54,6 +57,9 @@ def roots(start: int, stop: int, leaves: int) -> tuple[Node, ...]:
 def present(nodes: Collection[Node], empty: Collection[int], leaves: int) -> list[Node]:
     """Return those of `nodes` that have a leaf which is not `empty`."""
     return [node for node in nodes if any(leaf not in empty for leaf in node.leaves(leaves))]
+
+
+There = tuple[tuple[Node, ...], ...]  # for each rank, the subtrees whose sums it has
 
 
 class TreeSum(Generic[T]):
@@ -134,3 +140,48 @@ def _meeting(a: Node, b: Node) -> Node:
     while left != right:
         left, right, level = left >> 1, right >> 1, level + 1
     return Node(level, left)
+
+
+def pairs(nodes: Iterable[Node]) -> Tree:
+    """Return how the values of `nodes`, which come in the order of their leaves, are added up: pairs of their numbers."""
+    tree: TreeSum[Tree] = TreeSum(lambda left, right: (left, right))
+    for number, node in enumerate(nodes):
+        tree.feed(node, number)
+    return tree.total()
+
+
+@lru_cache(maxsize=8)
+def shares(leaves: int, ranks: int, empty: frozenset[int]) -> There:
+    """Return the subtrees that each rank has the sums of, if the leaves `empty` have no value."""
+    cuts = blocks(leaves, ranks)
+    return tuple(tuple(present(roots(start, stop, leaves), empty, leaves)) for start, stop in cuts)
+
+
+@lru_cache(maxsize=8)
+def whole_tree(there: There) -> Tree:
+    """Return how all that the ranks have is added up."""
+    return pairs(node for nodes in there for node in nodes)
+
+
+def united(parts: Collection[Node], others: Collection[Node], leaves: int) -> list[Node]:
+    """Return the largest subtrees that hold values of `parts` and none of `others`, in order."""
+    found = []
+
+    def descend(node: Node) -> None:
+        inside = [part for part in parts if _within(part, node)]
+        if inside and not any(_touch(other, node) for other in others):
+            found.append(node)
+        elif inside:
+            descend(Node(node.level - 1, 2 * node.index))
+            descend(Node(node.level - 1, 2 * node.index + 1))
+
+    descend(Node(max(0, (leaves - 1).bit_length()), 0))
+    return found
+
+
+def _within(part: Node, node: Node) -> bool:
+    return node.start <= part.start and part.stop <= node.stop
+
+
+def _touch(one: Node, other: Node) -> bool:
+    return one.start < other.stop and other.start < one.stop

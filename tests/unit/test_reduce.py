@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 
 import numpy as np
@@ -10,18 +11,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpc_elastic import reduce
+from hpc_elastic.comm import board
+from hpc_elastic.comm.board import Board
+from hpc_elastic.comm.waiting import Watch
 from hpc_elastic.errors import StepError
 
 LIMIT_S = 20
 
 
 class FakeWorld:
-    """The ranks of one process: `FakeRanks` in threads that meet at a barrier. Stands in for `comm.world.World`."""
+    """The ranks of one process: `FakeRanks` in threads that meet at a barrier. Stands in for `comm.world.World`.
 
-    def __init__(self, size):
+    Their boards and segments are real ones, as of so many `hosts`: rank r is on host r modulo `hosts`.
+    """
+
+    def __init__(self, size, hosts=1):
         self.size = size
+        self.hosts = hosts
         self.barrier = threading.Barrier(size, timeout=LIMIT_S)
         self.board = [None] * size
+        self.mail = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
 
     def run(self, body):
         """Return what ``body(ranks)`` returns on every rank; raise what one of them raises."""
@@ -50,6 +59,12 @@ class FakeRanks:
 
     def __init__(self, world, rank):
         self.world, self.rank, self.size = world, rank, world.size
+        self.watch = Watch(self._check)
+        self.board = Board(self, f"host{rank % world.hosts}")
+
+    def _check(self):
+        if self.world.barrier.broken:
+            raise threading.BrokenBarrierError
 
     def _meet(self, mine):
         self.world.board[self.rank] = mine
@@ -61,6 +76,14 @@ class FakeRanks:
     def meet(self, nbytes):
         assert set(self._meet(nbytes)) == {nbytes}, "ranks that don't agree would wait for each other"
 
+    def barrier(self, among):
+        """Stand in for a barrier of some by one of all: in the sum they all come."""
+        assert self.rank in among
+        self._meet(None)
+
+    def gather_all(self, data):
+        return self._meet(data)
+
     def all_parts(self, mine, out, counts):
         assert mine.size == counts[self.rank]
         assert out.size == sum(counts)
@@ -70,14 +93,14 @@ class FakeRanks:
         assert all(part.dtype == out.dtype for part, _ in board)
         out[...] = np.concatenate([part for part, _ in board])
 
-    def swap_parts(self, mine, counts, out, out_counts):
-        assert len(counts) == len(out_counts) == self.size
-        assert mine.size == sum(counts)
-        assert out.size == sum(out_counts)
-        pieces = np.split(mine.copy(), np.cumsum(counts)[:-1])
-        board = self._meet(pieces)
-        assert [theirs[self.rank].size for theirs in board] == list(out_counts)
-        out[...] = np.concatenate([theirs[self.rank] for theirs in board])
+    def trade(self, sends, receives):
+        for rank, array in sends:
+            assert array.flags.c_contiguous
+            if array.nbytes:
+                self.world.mail[self.rank, rank].put(array.copy())
+        for rank, array in receives:
+            if array.nbytes:
+                array[...] = self.world.mail[rank, self.rank].get(timeout=LIMIT_S)
 
 
 def tree_sum(values):
@@ -111,14 +134,14 @@ def use(total, step, leaves, empty, values):
     return total.reduce(empty)
 
 
-def run(size, leaves, empties, values, consume):
+def run(size, leaves, empties, values, consume, hosts=1):
     """Return, for every rank, ``consume(result, metrics)`` of each step; step k lacks the leaves ``empties[k]``."""
 
     def body(ranks):
         total = reduce.Sum(leaves, lambda: ranks)
         return [consume(*use(total, step, leaves, empty, values)) for step, empty in enumerate(empties)]
 
-    return FakeWorld(size).run(body)
+    return FakeWorld(size, hosts).run(body)
 
 
 def bits(tree):
@@ -140,8 +163,11 @@ def mixed(step, leaf):
 
 
 def check_all_sizes(leaves, empties, values, sizes=(1, 2, 3, 4)):
-    """Check that all ranks at all sizes get the same bits; return those and the metrics of every step."""
-    found = [run(size, leaves, empties, values, lambda tree, metrics: (bits(tree), metrics)) for size in sizes]
+    """Check that all ranks at all sizes, on one host or more, get the same bits; return those and the metrics."""
+    worlds = [(size, hosts) for size in sizes for hosts in range(1, min(size, 3) + 1)]
+    found = [
+        run(size, leaves, empties, values, lambda tree, metrics: (bits(tree), metrics), hosts) for size, hosts in worlds
+    ]
     for ranks in found:
         for steps in ranks:
             assert steps == found[0][0]
@@ -293,25 +319,51 @@ def test_a_result_is_valid_until_the_next_reduce():
         FakeWorld(size).run(body)
 
 
-def test_buffers_are_used_again(monkeypatch):
-    """Steps do not make a job grow, and only the first two make buffers."""
-    made = []
-    new = reduce.Form.new
-    monkeypatch.setattr(reduce.Form, "new", lambda form: made.append(form) or new(form))
+@pytest.mark.parametrize("small", [0, 1 << 15])
+def test_buffers_are_used_again(small, monkeypatch):
+    """Steps do not make a job grow: after the first two its segment stays as it is, also where steps are begun anew."""
+    monkeypatch.setattr(reduce, "SMALL_BYTES", small)
 
     def body(ranks):
         total = reduce.Sum(8, lambda: ranks)
-        spare, forms = [], []
-        for step in range(6):
+        lengths = []
+        for step in range(8):
+            if step % 3 == 2:  # as if another rank had been lost meanwhile
+                for leaf in range(*total.interval):
+                    total.add(leaf, mixed(step, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
+                total.drop()
             use(total, step, 8, set(), mixed)
-            spare.append(len(total._spare))
-            forms.append(sum(form is total._form for form in list(made)))
-        return spare, forms
+            lengths.append(len(total._pool._slots))
+        return lengths
 
     for size in (1, 2, 4):
-        for spare, forms in FakeWorld(size).run(body):
-            assert len(set(spare[1:])) == 1, f"at {size} ranks, spare buffers by step: {spare}"
-            assert len(set(forms[1:])) == 1, f"at {size} ranks, buffers made up to each step: {forms}"
+        for lengths in FakeWorld(size).run(body):
+            assert len(set(lengths[2:])) == 1, f"at {size} ranks, buffers by step: {lengths}"
+
+
+def test_results_are_read_only():
+    """Other ranks may read the same memory."""
+    for size in (1, 2):
+        for values in FakeWorld(size).run(lambda ranks: use(reduce.Sum(4, lambda: ranks), 0, 4, set(), mixed)[0]):
+            with pytest.raises(ValueError, match="read-only"):
+                values["w"][0] = 1
+
+
+def test_where_stores_are_not_ordered_ranks_meet_by_messages(monkeypatch):
+    monkeypatch.setattr(board, "ORDERED", False)
+    monkeypatch.setattr(reduce, "SMALL_BYTES", 0)
+    check_all_sizes(5, [set(), {1}], mixed, sizes=(1, 2))
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_where_memory_is_not_shared_messages_carry_all(hosts, monkeypatch):
+    """As in containers with process numbers of their own: each rank is taken for a host by itself."""
+    expected = run(1, 5, [set(), {1}], mixed, lambda tree, metrics: (bits(tree), metrics))
+    monkeypatch.setattr(board, "_page", lambda _card: None)
+    for small in (0, 1 << 15):
+        monkeypatch.setattr(reduce, "SMALL_BYTES", small)
+        assert run(3, 5, [set(), {1}], mixed, lambda tree, metrics: (bits(tree), metrics), hosts) == expected * 3
+    assert FakeWorld(4, 2).run(lambda ranks: ranks.board.hosts) == [((0,), (1,), (2,), (3,))] * 4
 
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1, 2), (4, 1, 4), (2, 4, 3)])

@@ -1,0 +1,122 @@
+"""Where ranks of one host meet, and tell each other numbers: one page of shared memory for each rank."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .segments import PAGE_BYTES, Bytes, Segment, mapped
+
+if TYPE_CHECKING:
+    from .collectives import Collectives
+
+# Who sees a counter must see all that was written before it was counted up. Nothing in Python can ask for that, and these
+# processors do it unasked.
+ORDERED = platform.machine() in ("x86_64", "AMD64")
+SPINS = 200  # looks without a pause, some 50 ns each
+COUNTER, TOKEN, NOTES = 0, 8, 16  # places in a page, in words of 8 bytes
+WORDS = PAGE_BYTES // 8
+NOTE_WORDS = (WORDS - NOTES) // 2
+
+
+class Card(msgspec.Struct, frozen=True, array_like=True):
+    """How others find a rank's page."""
+
+    host: str
+    pid: int
+    descriptor: int
+    token: int
+
+
+class Board:
+    """The pages of the ranks of one host.
+
+    Making one is collective over the ranks of all hosts.
+
+    Parameters
+    ----------
+    comm : Collectives
+        The ranks of all hosts.
+    host : str
+        Name of this rank's host.
+
+    Attributes
+    ----------
+    hosts : tuple of tuple of int
+        The ranks by host, hosts in the order of their first rank.
+    host, place : int
+        Which of them is this rank's host, and which of its ranks is this one.
+    pids : tuple of int
+        The processes of this host's ranks.
+    """
+
+    def __init__(self, comm: Collectives, host: str = "") -> None:
+        self._comm = comm
+        self._segment = Segment()
+        self._segment.grow(PAGE_BYTES)
+        own = self._segment.bytes.data.cast("q")
+        own[TOKEN] = token = int.from_bytes(os.urandom(7), "little")
+        mine = Card(host or socket.gethostname(), os.getpid(), self._segment.descriptor, token)
+        cards = [msgspec.msgpack.decode(part, type=Card) for part in comm.gather_all(msgspec.msgpack.encode(mine))]
+        near = [rank for rank, card in enumerate(cards) if card.host == mine.host]
+        pages = [own if rank == comm.rank else _page(cards[rank]) for rank in near]
+        reached = comm.gather_all(b"\1" if all(page is not None for page in pages) else b"")
+        # Where not all can map all, each is taken for a host by itself.
+        keys = [
+            (card.host, -1 if all(reached[r] for r, c in enumerate(cards) if c.host == card.host) else rank)
+            for rank, card in enumerate(cards)
+        ]
+        self.hosts = tuple(tuple(r for r, k in enumerate(keys) if k == key) for key in dict.fromkeys(keys))
+        self.host = next(i for i, ranks in enumerate(self.hosts) if comm.rank in ranks)
+        self.place = self.hosts[self.host].index(comm.rank)
+        self.pids = tuple(cards[rank].pid for rank in self.hosts[self.host])
+        there = [page for rank, page in zip(near, pages, strict=True) if rank in self.hosts[self.host] and page is not None]
+        self._pages = there
+        self._own = own
+        self._others = [page for place, page in enumerate(there) if place != self.place]
+        self._count = self._turn = 0
+
+    def meet(self) -> None:
+        """Wait for the other ranks of this host; what each has written into its segments before is there then."""
+        if not ORDERED:
+            self._comm.barrier(self.hosts[self.host])
+            return
+        self._count = count = self._count + 1
+        self._own[COUNTER] = count
+        for page in self._others:
+            if page[COUNTER] < count:
+                self._await(page, count)
+
+    def _await(self, page: memoryview, count: int) -> None:
+        for _ in range(SPINS):
+            if page[COUNTER] >= count:
+                return
+        self._comm.watch.until(lambda: page[COUNTER] >= count)
+
+    def tell(self, numbers: Sequence[int]) -> None:
+        """Tell the others up to 247 `numbers`, which they have after the next meeting, and keep until the next but one."""
+        start = NOTES + self._turn % 2 * NOTE_WORDS
+        self._turn += 1
+        self._own[start] = len(numbers)
+        for place, number in enumerate(numbers, start + 1):
+            self._own[place] = number
+
+    def told(self) -> list[list[int]]:
+        """Return what every rank of this host, this one too, has told last."""
+        start = NOTES + (self._turn - 1) % 2 * NOTE_WORDS + 1
+        return [page[start : start + page[start - 1]].tolist() for page in self._pages]
+
+
+def _page(card: Card) -> memoryview | None:
+    """Return a rank's page, if it is the right one: process numbers can be those of another container's."""
+    try:
+        page: Bytes = mapped(card.pid, card.descriptor, PAGE_BYTES)
+    except OSError:
+        return None
+    words = page.data.cast("q")
+    return words if words[TOKEN] == card.token else None
