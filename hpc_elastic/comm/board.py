@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 # processors do it unasked.
 ORDERED = platform.machine() in ("x86_64", "AMD64")
 SPINS = 200  # looks without a pause, some 50 ns each
-COUNTER, TOKEN, NOTES = 0, 8, 16  # places in a page, in words of 8 bytes
-WORDS = PAGE_BYTES // 8
-NOTE_WORDS = (WORDS - NOTES) // 2
+# Places in a page, in words of 8 bytes; what is written at different times is in different cache lines.
+COUNTER, TOKEN, GIVEN, TAKEN, RING, NOTES = 0, 8, 16, 24, 32, 96
+RING_WORDS = NOTES - RING
+NOTE_WORDS = (PAGE_BYTES // 8 - NOTES) // 2
 
 
 class Card(msgspec.Struct, frozen=True, array_like=True):
@@ -79,7 +80,12 @@ class Board:
         self._pages = there
         self._own = own
         self._others = [page for place, page in enumerate(there) if place != self.place]
-        self._count = self._turn = 0
+        self._count = self._turn = self._spread = 0
+
+    @property
+    def whole(self) -> bool:
+        """True if all ranks are on this host and can see what others write: `meet` and `spread` do for messages then."""
+        return ORDERED and len(self.hosts) == 1
 
     def meet(self) -> None:
         """Wait for the other ranks of this host; what each has written into its segments before is there then."""
@@ -90,16 +96,34 @@ class Board:
         self._own[COUNTER] = count
         for page in self._others:
             if page[COUNTER] < count:
-                self._await(page, count)
+                self._await(page, COUNTER, count)
 
-    def _await(self, page: memoryview, count: int) -> None:
+    def _await(self, page: memoryview, counter: int, count: int) -> None:
         for _ in range(SPINS):
-            if page[COUNTER] >= count:
+            if page[counter] >= count:
                 return
-        self._comm.watch.until(lambda: page[COUNTER] >= count)
+        self._comm.watch.until(lambda: page[counter] >= count)
+
+    def spread(self, number: int) -> int:
+        """Return the `number` of this host's first rank, which may be ahead of the others by some."""
+        self._spread = count = self._spread + 1
+        cell = RING + count % RING_WORDS
+        if self.place:
+            first = self._pages[0]
+            if first[GIVEN] < count:
+                self._await(first, GIVEN, count)
+            number = first[cell]
+            self._own[TAKEN] = count
+            return number
+        for page in self._others:
+            if page[TAKEN] <= count - RING_WORDS:
+                self._await(page, TAKEN, count - RING_WORDS + 1)
+        self._own[cell] = number
+        self._own[GIVEN] = count
+        return number
 
     def tell(self, numbers: Sequence[int]) -> None:
-        """Tell the others up to 247 `numbers`, which they have after the next meeting, and keep until the next but one."""
+        """Tell the others up to 207 `numbers`, which they have after the next meeting, and keep until the next but one."""
         start = NOTES + self._turn % 2 * NOTE_WORDS
         self._turn += 1
         self._own[start] = len(numbers)

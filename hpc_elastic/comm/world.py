@@ -136,6 +136,23 @@ class World(Collectives):
             self._board = Board(self)
         return self._board
 
+    def barrier(self, among: Sequence[int] | None = None) -> None:
+        """Wait for all ranks, or for those `among` them."""
+        if among is None and self._board is not None and self._board.whole:
+            self._board.meet()
+        else:
+            super().barrier(among)
+
+    def word(self, number: int) -> int:
+        """Return the `number` of rank 0. Collective, though rank 0 may be ahead of the others."""
+        if self.size == 1:
+            return number
+        if self._board is not None and self._board.whole:
+            return self._board.spread(number)
+        heard = np.array([number])
+        self.fill(heard)
+        return int(heard[0])
+
     # --- the next generation ------------------------------------------------------------------------------------------
 
     def merge(self, party: Party | None, newcomers: Sequence[Member]) -> World:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import msgspec
-import numpy as np
 
 from .. import faults
 from ..comm.door import Door
@@ -111,13 +110,12 @@ class Membership:
             return word
         world = self.joined()
         order: Plan | str | None = None
-        heard = np.zeros(1, np.int64)
+        said = NOTHING
         if self.leader is not None:
             self.vigil.check()
             order = own or self.leader.turn(here, self._point, self.vigil.losses)
-            heard[0] = NOTHING if order is None else WORDS[order] if isinstance(order, str) else RESIZE
-        world.fill(heard)
-        self._word = int(heard[0])
+            said = NOTHING if order is None else WORDS[order] if isinstance(order, str) else RESIZE
+        self._word = world.word(said)
         if self._word == RESIZE:
             self._resize(world, order if isinstance(order, Plan) else None)
         elif self._word != NOTHING:
