@@ -169,7 +169,8 @@ class Step:
         Returns
         -------
         values
-            Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`.
+            Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
+            since ranks of one host read the same memory.
         """
         if self._reduced:
             raise StepError("step.reduce was called twice")
