@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..model import Member
 from .segments import PAGE_BYTES, Bytes, Segment, mapped
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ NOTE_WORDS = (PAGE_BYTES // 8 - NOTES) // 2
 class Card(msgspec.Struct, frozen=True, array_like=True):
     """How others find a rank's page."""
 
-    host: str
-    pid: int
     descriptor: int
     token: int
 
@@ -43,8 +41,8 @@ class Board:
     ----------
     comm : Collectives
         The ranks of all hosts.
-    host : str
-        Name of this rank's host.
+    members : sequence of Member
+        Their processes.
 
     Attributes
     ----------
@@ -52,30 +50,28 @@ class Board:
         The ranks by host, hosts in the order of their first rank.
     host, place : int
         Which of them is this rank's host, and which of its ranks is this one.
-    pids : tuple of int
-        The processes of this host's ranks.
     """
 
-    def __init__(self, comm: Collectives, host: str = "") -> None:
+    def __init__(self, comm: Collectives, members: Sequence[Member]) -> None:
         self._comm = comm
         self._segment = Segment()
         self._segment.grow(PAGE_BYTES)
         own = self._segment.bytes.data.cast("q")
         own[TOKEN] = token = int.from_bytes(os.urandom(7), "little")
-        mine = Card(host or socket.gethostname(), os.getpid(), self._segment.descriptor, token)
-        cards = [msgspec.msgpack.decode(part, type=Card) for part in comm.gather_all(msgspec.msgpack.encode(mine))]
-        near = [rank for rank, card in enumerate(cards) if card.host == mine.host]
-        pages = [own if rank == comm.rank else _page(cards[rank]) for rank in near]
+        mine = msgspec.msgpack.encode(Card(self._segment.descriptor, token))
+        cards = [msgspec.msgpack.decode(part, type=Card) for part in comm.gather_all(mine)]
+        near = [rank for rank, member in enumerate(members) if member.host == members[comm.rank].host]
+        pages = [own if rank == comm.rank else _page(members[rank].pid, cards[rank]) for rank in near]
         reached = comm.gather_all(b"\1" if all(page is not None for page in pages) else b"")
         # Where not all can map all, each is taken for a host by itself.
         keys = [
-            (card.host, -1 if all(reached[r] for r, c in enumerate(cards) if c.host == card.host) else rank)
-            for rank, card in enumerate(cards)
+            (one.host, -1 if all(reached[r] for r, other in enumerate(members) if other.host == one.host) else rank)
+            for rank, one in enumerate(members)
         ]
         self.hosts = tuple(tuple(r for r, k in enumerate(keys) if k == key) for key in dict.fromkeys(keys))
         self.host = next(i for i, ranks in enumerate(self.hosts) if comm.rank in ranks)
         self.place = self.hosts[self.host].index(comm.rank)
-        self.pids = tuple(cards[rank].pid for rank in self.hosts[self.host])
+        self._pids = tuple(members[rank].pid for rank in self.hosts[self.host])
         there = [page for rank, page in zip(near, pages, strict=True) if rank in self.hosts[self.host] and page is not None]
         self._pages = there
         self._own = own
@@ -86,6 +82,11 @@ class Board:
     def whole(self) -> bool:
         """True if all ranks are on this host and can see what others write: `meet` and `spread` do for messages then."""
         return ORDERED and len(self.hosts) == 1
+
+    def map(self, place: int, descriptor: int, nbytes: int, *, writable: bool = False) -> Bytes:
+        """Return memory of the rank in `place`, a segment's."""
+        with self._comm.watch.blame(OSError):  # it may have been lost since it told of that
+            return mapped(self._pids[place], descriptor, nbytes, writable=writable)
 
     def meet(self) -> None:
         """Wait for the other ranks of this host; what each has written into its segments before is there then."""
@@ -136,10 +137,10 @@ class Board:
         return [page[start : start + page[start - 1]].tolist() for page in self._pages]
 
 
-def _page(card: Card) -> memoryview | None:
+def _page(pid: int, card: Card) -> memoryview | None:
     """Return a rank's page, if it is the right one: process numbers can be those of another container's."""
     try:
-        page: Bytes = mapped(card.pid, card.descriptor, PAGE_BYTES)
+        page: Bytes = mapped(pid, card.descriptor, PAGE_BYTES)
     except OSError:
         return None
     words = page.data.cast("q")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,12 @@ class Segment:
 
     def __init__(self) -> None:
         self.serial = next(_serials)
-        self.descriptor = os.memfd_create("hpc_elastic", os.MFD_CLOEXEC)
+        try:
+            self.descriptor = os.memfd_create("hpc_elastic", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise MembershipError(f"no memory that ranks share: {error.strerror}") from error
+        weakref.finalize(self, os.close, self.descriptor)
         self.bytes: Bytes = np.empty(0, np.uint8)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
 
     def grow(self, nbytes: int) -> None:
         """Have at least `nbytes` bytes.

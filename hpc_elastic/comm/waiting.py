@@ -213,11 +213,11 @@ class Watch:
             raise
 
     @contextlib.contextmanager
-    def blame(self) -> Iterator[None]:
-        """Turn an error of MPI's into the loss of the rank that is to blame for it: ULFM tells of a loss by an error."""
+    def blame(self, kind: type[Exception] = MPI.Exception) -> Iterator[None]:
+        """Turn errors of a `kind` into the loss of the rank that is to blame for them: ULFM tells of a loss by an error."""
         try:
             yield
-        except MPI.Exception:
+        except kind:
             deadline = time.monotonic() + BLAME_S
             while time.monotonic() < deadline:
                 self.check()

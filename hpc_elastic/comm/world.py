@@ -133,7 +133,7 @@ class World(Collectives):
     def board(self) -> Board:
         """Where the ranks of a host meet in memory. Collective when it is first asked for."""
         if self._board is None:
-            self._board = Board(self)
+            self._board = Board(self, self.generation.members)
         return self._board
 
     def barrier(self, among: Sequence[int] | None = None) -> None:
@@ -244,5 +244,6 @@ class World(Collectives):
     def close(self) -> None:
         """Free the communicators. Local in effect, and all members do it."""
         self.close_user()
+        self._board = None
         if self.comm != MPI.COMM_NULL:
             self.comm.Free()

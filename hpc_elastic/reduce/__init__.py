@@ -7,28 +7,29 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays.host import flatten
 from ..comm.board import Board
 from ..errors import StepError
 from ..partition import block
-from .form import Form, Pool, Slot, Values
+from .form import Form, Pool, Slot
 from .network import Messages, Network
 from .node import OneHost, Transport
 from .order import Node, There, TreeSum, shares
 
-Array = NDArray[Any]
 SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
 
 class Ranks(Messages, Protocol):
     """The ranks that take part."""
 
+    rank: int
     size: int
 
     @property
     def board(self) -> Board: ...
+
+    def gather_all(self, data: bytes) -> list[bytes]: ...
 
 
 class Sum:
@@ -50,7 +51,7 @@ class Sum:
         self._tree: TreeSum[Slot] | None = None
         self._added = False  # since the last sum that was done
         self._held: list[Slot] = []  # of the last sum, which others may still read, or which is its result
-        self._total: Values | None = None
+        self._total: Slot | None = None
         self._transport: Transport | None = None
         self._among: Ranks | None = None  # whom the transport is for
 
@@ -61,8 +62,8 @@ class Sum:
         return block(self._leaves, ranks.size, ranks.rank)
 
     def _combine(self, left: Slot, right: Slot) -> Slot:
-        for dtype, values in left.values.items():
-            np.add(values, right.values[dtype], out=values)
+        for dtype, values in left.flat.items():
+            np.add(values, right.flat[dtype], out=values)
         self._slots.give([right])
         return left
 
@@ -76,7 +77,7 @@ class Sum:
     def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
         """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
         arrays, structure = flatten(values)
-        key = structure, tuple((a.shape, a.dtype.str) for a in arrays), tuple(metrics)
+        key = structure, tuple((a.shape, a.dtype) for a in arrays), tuple(metrics)
         if self._form is None:
             self._form = Form(*key)
         form = self._form
@@ -87,8 +88,7 @@ class Sum:
                 "nesting, keys and their order, shapes and dtypes must stay the same"
             )
         slot = self._slots.take()
-        for array, (dtype, place, shape) in zip((*arrays, np.array(list(metrics.values()))), form.places, strict=True):
-            target = slot.values[dtype][place].reshape(shape)
+        for array, target in zip((*arrays, np.array(list(metrics.values()))), slot.arrays, strict=True):
             if array.dtype.kind == "f":
                 np.multiply(array, array.dtype.type(weight), out=target)
             else:
@@ -113,18 +113,16 @@ class Sum:
         form = self._agreed(ranks, there)
         mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
         self._tree = None
-        slots, read = self._slots, False
+        slots = self._slots
+        large = ranks.size > 1 and form.nbytes > SMALL_BYTES
         if ranks.size == 1:
-            self._total = mine[0].values
-        elif form.nbytes <= SMALL_BYTES:
-            self._total = self._across(ranks).small(form, slots, mine, there)
-        else:
+            self._total = mine[0]
+        elif large:
             self._total = self._across(ranks).large(form, slots, mine, there)
-            read = True
-        slots.give(self._held)
-        self._held = [] if read else mine
-        if read:
-            slots.give(mine)
+        else:
+            self._total = self._across(ranks).small(form, slots, mine, there)
+        done, self._held = (self._held + mine, []) if large else (self._held, mine)
+        slots.give(done)
         self._added = False
 
     def _across(self, ranks: Ranks) -> Transport:
@@ -144,21 +142,15 @@ class Sum:
         form, total = self._form, self._total
         assert form is not None
         assert total is not None
-        arrays = [total[dtype][place].reshape(shape) for dtype, place, shape in form.places]
-        for array in arrays:
-            array.flags.writeable = False  # the other ranks may read the same memory
-        return form.structure.build(iter(arrays)), dict(zip(form.metrics, arrays[-1].tolist(), strict=True))
+        return form.structure.build(iter(total.results)), dict(zip(form.metrics, total.results[-1].tolist(), strict=True))
 
     def _agreed(self, ranks: Ranks, there: There) -> Form:
         """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
         if not all(there):
             source = next(rank for rank, nodes in enumerate(there) if nodes)
             told = pickle.dumps(self._form.key) if self._form is not None and ranks.rank == source else b""
-            counts = np.empty(ranks.size, np.int64)
-            ranks.all_parts(np.array([len(told)]), counts, [1] * ranks.size)
-            whole = np.empty(int(counts.sum()), np.uint8)
-            ranks.all_parts(np.frombuffer(told, np.uint8), whole, counts.tolist())
+            heard = ranks.gather_all(told)[source]
             if self._form is None:
-                self._form = Form(*pickle.loads(whole.tobytes()))  # noqa: S301  from a rank of this very job
+                self._form = Form(*pickle.loads(heard))  # noqa: S301  from a rank of this very job
         assert self._form is not None
         return self._form

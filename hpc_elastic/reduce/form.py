@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.host import Structure
-from ..comm.segments import Segment
+from ..arrays.host import Array, Structure
+from ..comm.segments import Bytes, Segment
 
-Array = NDArray[Any]
-Values = dict[str, Array]  # by dtype
 ALIGN_BYTES = 64
+DType = np.dtype[Any]
+
+
+class Slot(NamedTuple):
+    """Memory for one set of values.
+
+    Attributes
+    ----------
+    offset : int
+        Where it begins in its segment.
+    flat : dict of dtype to numpy.ndarray
+        The buffer of each dtype.
+    arrays : list of numpy.ndarray
+        Each array, and the metrics, in its place of them.
+    results : list of numpy.ndarray
+        These, read-only: other ranks may read the same memory.
+    """
+
+    offset: int
+    flat: dict[DType, Array]
+    arrays: list[Array]
+    results: list[Array]
 
 
 class Form:
@@ -21,47 +42,45 @@ class Form:
 
     Attributes
     ----------
-    lengths : dict of str to int
-        Elements of each dtype.
-    places : list of (str, slice, tuple of int)
-        Dtype, place and shape of each array.
     nbytes : int
         Length of the whole.
     """
 
     def __init__(
-        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], str], ...], metrics: tuple[str, ...]
+        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], DType], ...], metrics: tuple[str, ...]
     ) -> None:
         self.key = structure, arrays, metrics
         self.structure = structure
         self.metrics = metrics
-        self.places: list[tuple[str, slice, tuple[int, ...]]] = []
-        self.lengths: dict[str, int] = {}
-        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64).str)):
-            start = self.lengths.get(dtype, 0)
-            self.lengths[dtype] = start + math.prod(shape)
-            self.places.append((dtype, slice(start, self.lengths[dtype]), shape))
-        self._cuts: list[tuple[str, slice]] = []
+        self._places: list[tuple[DType, slice, tuple[int, ...]]] = []
+        lengths: dict[DType, int] = {}
+        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64))):
+            start = lengths.get(dtype, 0)
+            lengths[dtype] = start + math.prod(shape)
+            self._places.append((dtype, slice(start, lengths[dtype]), shape))
+        self._cuts: list[tuple[DType, slice]] = []
         self.nbytes = 0
-        for dtype, length in self.lengths.items():
-            stop = self.nbytes + length * np.dtype(dtype).itemsize
+        for dtype, length in lengths.items():
+            stop = self.nbytes + length * dtype.itemsize
             self._cuts.append((dtype, slice(self.nbytes, stop)))
             self.nbytes = -(-stop // ALIGN_BYTES) * ALIGN_BYTES
 
-    def new(self) -> Values:
-        """Return buffers for one set of values."""
-        return self.values(np.empty(self.nbytes, np.uint8))
+    def new(self) -> Slot:
+        """Return memory of this process alone."""
+        return self.slot(np.empty(self.nbytes, np.uint8))
 
-    def values(self, memory: NDArray[np.uint8]) -> Values:
-        """Return the `nbytes` bytes of `memory` as buffers."""
-        return {dtype: memory[cut].view(dtype) for dtype, cut in self._cuts}
+    def slot(self, memory: Bytes, offset: int = 0) -> Slot:
+        """Return the `nbytes` bytes of `memory` from `offset` on."""
+        whole = memory[offset : offset + self.nbytes]
+        flat: dict[DType, Array] = {dtype: whole[cut].view(dtype) for dtype, cut in self._cuts}
+        arrays = [flat[dtype][place].reshape(shape) for dtype, place, shape in self._places]
+        return Slot(offset, flat, arrays, [_read_only(array) for array in arrays])
 
 
-class Slot(NamedTuple):
-    """Buffers for one set of values, at `offset` in the segment."""
-
-    offset: int
-    values: Values
+def _read_only(array: NDArray[Any]) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 class Pool:
@@ -71,10 +90,13 @@ class Pool:
     ----------
     segment : Segment
         Where they are.
+    own : Slot
+        One that nobody else sees, for results.
     """
 
     def __init__(self, form: Form) -> None:
         self.segment = Segment()
+        self.own = form.new()
         self._form = form
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
@@ -84,11 +106,11 @@ class Pool:
         """Return a slot that nobody uses."""
         return self._free.pop() if self._free else self._new()
 
-    def give(self, slots: list[Slot]) -> None:
+    def give(self, slots: Iterable[Slot]) -> None:
         """Take slots back."""
         self._free += slots
 
-    def recall(self, spared: list[Slot]) -> None:
+    def recall(self, spared: Iterable[Slot]) -> None:
         """Take all slots back, wherever they are, but those `spared`."""
         kept = {slot.offset for slot in (*spared, self._result) if slot is not None}
         self._free = [slot for slot in self._slots if slot.offset not in kept]
@@ -103,6 +125,5 @@ class Pool:
         nbytes = max(self._form.nbytes, ALIGN_BYTES)
         offset = len(self._slots) * nbytes
         self.segment.grow(offset + nbytes)
-        slot = Slot(offset, self._form.values(self.segment.bytes[offset : offset + self._form.nbytes]))
-        self._slots.append(slot)
-        return slot
+        self._slots.append(self._form.slot(self.segment.bytes, offset))
+        return self._slots[-1]

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays.host import Array
 from ..comm.board import Board
 from .adding import add_up
-from .form import Form, Pool, Slot, Values
-from .node import Near, cut
-from .order import There, Tree, pairs, united, whole_tree
+from .form import Form, Pool, Slot
+from .node import Near, cut, whole_sum
+from .order import There, Tree, pairs, united
 
-Array = NDArray[Any]
 Trade = list[tuple[int, Array]]
 
 
@@ -50,59 +49,52 @@ class Network:
         ranks = self._hosts[host]
         return ranks[lane % len(ranks)]
 
-    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
+    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         counts = [len(nodes) * form.nbytes for nodes in there]
         parts = np.empty(sum(counts), np.uint8)
         stretches = [pool.segment.bytes[slot.offset : slot.offset + form.nbytes] for slot in mine]
         self._messages.all_parts(np.concatenate(stretches) if mine else np.empty(0, np.uint8), parts, counts)
-        rows = [form.values(row) for row in parts.reshape(-1, form.nbytes)]
-        tree, total = whole_tree(there), form.new()
-        for dtype, out in total.items():
-            add_up(tree, [values[dtype] for values in rows], out)
-        return total
+        return whole_sum(there, [form.slot(row) for row in parts.reshape(-1, form.nbytes)], pool.own)
 
-    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
-        parts, total = self._near.meet(form, pool, mine, large=True)
+    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
+        total, *parts = self._near.meet(form, pool, mine, large=True)
         self._messages.meet(form.nbytes)
         plan = _plan(there, self._hosts, self._host)
         others = [host for host in range(len(self._hosts)) if host != self._host]
         sends: Trade = []
         receives: Trade = []
-        work: list[tuple[int, Array, list[list[Array]]]] = []  # lane, where its piece goes, and what each host has for it
+        work: list[
+            tuple[int, Array, list[slice], list[list[Array]]]
+        ] = []  # lane, the pieces of what, what hosts have for ours
         for lane in self._own:
-            for dtype, whole in total.items():
+            for dtype, whole in total.flat.items():
                 pieces = self._pieces(len(whole), lane, whole.itemsize)
-                start, stop = pieces[self._host]
-                sums = [[np.empty(stop - start, whole.dtype) for _ in range(n)] for n in plan.counts]
-                for host, (begin, end) in enumerate(pieces):
-                    rows = sums[host] if host == self._host else [np.empty(end - begin, whole.dtype) for _ in plan.own]
+                sums = [[np.empty_like(whole[pieces[self._host]]) for _ in range(n)] for n in plan.counts]
+                for host, piece in enumerate(pieces):
+                    rows = sums[host] if host == self._host else [np.empty_like(whole[piece]) for _ in plan.own]
                     for (indices, tree), row in zip(plan.own, rows, strict=True):
-                        add_up(tree, [parts[i][dtype][begin:end] for i in indices], row)
+                        add_up(tree, [parts[i].flat[dtype][piece] for i in indices], row)
                     if host != self._host:
                         sends += [(self._keeper(host, lane), row) for row in rows]
                         receives += [(self._keeper(host, lane), row) for row in sums[host]]
-                work.append((lane, whole[start:stop], sums))
+                work.append((lane, whole, pieces, sums))
         self._messages.trade(sends, receives)
         sends, receives = [], []
-        for lane, out, sums in work:
+        for lane, whole, pieces, sums in work:
+            out = whole[pieces[self._host]]
             add_up(plan.tree, [sums[host][i] for host, i in plan.order], out)
             sends += [(self._keeper(host, lane), out) for host in others]
-        for lane in self._own:
-            for whole in total.values():
-                pieces = self._pieces(len(whole), lane, whole.itemsize)
-                receives += [(self._keeper(host, lane), whole[slice(*pieces[host])]) for host in others]
+            receives += [(self._keeper(host, lane), whole[pieces[host]]) for host in others]
         self._messages.trade(sends, receives)
         self._near.board.meet()
         return total
 
-    def _pieces(self, length: int, lane: int, itemsize: int) -> list[tuple[int, int]]:
+    def _pieces(self, length: int, lane: int, itemsize: int) -> list[slice]:
         """Return what each host adds up of a lane."""
         begin, end = cut(length, self._lanes, lane, itemsize)
         hosts = len(self._hosts)
-        return [
-            (begin + start, begin + stop)
-            for start, stop in (cut(end - begin, hosts, host, itemsize) for host in range(hosts))
-        ]
+        cuts = [cut(end - begin, hosts, host, itemsize) for host in range(hosts)]
+        return [slice(begin + start, begin + stop) for start, stop in cuts]
 
 
 class Plan(NamedTuple):

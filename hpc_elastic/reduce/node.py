@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..comm.board import Board
-from ..comm.segments import Segment, mapped
+from ..comm.segments import Bytes, Segment
 from ..partition import block
 from .adding import add_up
-from .form import ALIGN_BYTES, Form, Pool, Slot, Values
+from .form import ALIGN_BYTES, Form, Pool, Slot
 from .order import There, whole_tree
 
-Bytes = NDArray[np.uint8]
 HEAD = 4  # numbers that a rank tells of itself, before those of its slots
 
 
@@ -25,11 +23,11 @@ class Transport(Protocol):
     `mine` are this rank's partial sums, `there` the subtrees whose sums each rank has. A result is valid until the next sum.
     """
 
-    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
+    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         """Every rank adds up all. `mine` has to stay as it is until the sum after this one has been done."""
         ...
 
-    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
+    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         """Every rank adds up a part. Afterwards nobody reads `mine` any more."""
         ...
 
@@ -39,11 +37,11 @@ class Near:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self._segments: list[tuple[tuple[int, ...], Bytes]] = [((), np.empty(0, np.uint8)) for _ in board.pids]
-        self._views: dict[tuple[int, int], Values] = {}  # by place and offset
+        self._segments: list[tuple[tuple[int, ...], Bytes]] = [((), np.empty(0, np.uint8)) for _ in board.hosts[board.host]]
+        self._views: dict[tuple[int, int], Slot] = {}  # by place and offset
 
-    def meet(self, form: Form, pool: Pool, mine: Sequence[Slot], *, large: bool) -> tuple[list[Values], Values]:
-        """Meet the others; return the partial sums of all, in the order of the ranks, and where the result goes."""
+    def meet(self, form: Form, pool: Pool, mine: Sequence[Slot], *, large: bool) -> list[Slot]:
+        """Meet the others; return where the result goes, if `large`, and the partial sums of all ranks."""
         board = self.board
         result = pool.result().offset if large and not board.place else -1
         segment = pool.segment
@@ -52,14 +50,12 @@ class Near:
         told = board.told()
         if any(tuple(numbers[:3]) != self._segments[place][0] for place, numbers in enumerate(told)):
             self._map(segment, told)
-        parts = [self._values(form, place, offset) for place, numbers in enumerate(told) for offset in numbers[HEAD:]]
-        return parts, self._values(form, 0, told[0][3]) if large else {}
-
-    def _values(self, form: Form, place: int, offset: int) -> Values:
-        key = place, offset
-        if key not in self._views:
-            self._views[key] = form.values(self._segments[place][1][offset : offset + form.nbytes])
-        return self._views[key]
+        places = [(0, told[0][HEAD - 1])] if large else []
+        places += [(place, offset) for place, numbers in enumerate(told) for offset in numbers[HEAD:]]
+        for place, offset in places:
+            if (place, offset) not in self._views:
+                self._views[place, offset] = form.slot(self._segments[place][1], offset)
+        return [self._views[key] for key in places]
 
     def _map(self, own: Segment, told: Sequence[Sequence[int]]) -> None:
         """Map what is new. The owners wait for that: they might end, or close a segment, right behind the sum."""
@@ -68,8 +64,7 @@ class Near:
             if place == self.board.place or not nbytes:
                 self._segments[place] = key, own.bytes if nbytes else np.empty(0, np.uint8)
             elif key != self._segments[place][0]:
-                pid = self.board.pids[place]
-                self._segments[place] = key, mapped(pid, descriptor, nbytes, writable=not place)
+                self._segments[place] = key, self.board.map(place, descriptor, nbytes, writable=not place)
         self._views.clear()
         self.board.meet()
 
@@ -79,24 +74,28 @@ class OneHost:
 
     def __init__(self, board: Board) -> None:
         self._near = Near(board)
-        self._place, self._ranks = board.place, len(board.pids)
+        self._place, self._ranks = board.place, len(board.hosts[0])
 
-    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
-        parts, _ = self._near.meet(form, pool, mine, large=False)
-        tree, total = whole_tree(there), form.new()
-        for dtype, out in total.items():
-            add_up(tree, [values[dtype] for values in parts], out)
-        return total
+    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
+        return whole_sum(there, self._near.meet(form, pool, mine, large=False), pool.own)
 
-    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Values:
-        parts, total = self._near.meet(form, pool, mine, large=True)
+    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
+        total, *parts = self._near.meet(form, pool, mine, large=True)
         tree = whole_tree(there)
-        for dtype, out in total.items():
+        for dtype, out in total.flat.items():
             start, stop = cut(len(out), self._ranks, self._place, out.itemsize)
             if start < stop:
-                add_up(tree, [values[dtype][start:stop] for values in parts], out[start:stop])
+                add_up(tree, [part.flat[dtype][start:stop] for part in parts], out[start:stop])
         self._near.board.meet()
         return total
+
+
+def whole_sum(there: There, parts: Sequence[Slot], total: Slot) -> Slot:
+    """Return `total`, with the sum of all that the ranks have in it."""
+    tree = whole_tree(there)
+    for dtype, out in total.flat.items():
+        add_up(tree, [part.flat[dtype] for part in parts], out)
+    return total
 
 
 def cut(length: int, parts: int, number: int, itemsize: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from hpc_elastic import reduce
 from hpc_elastic.comm import board
 from hpc_elastic.comm.board import Board
-from hpc_elastic.comm.waiting import Watch
+from hpc_elastic.comm.waiting import Lost, Watch
 from hpc_elastic.errors import StepError
+from hpc_elastic.model import Member
 
 LIMIT_S = 20
 
@@ -60,7 +62,7 @@ class FakeRanks:
     def __init__(self, world, rank):
         self.world, self.rank, self.size = world, rank, world.size
         self.watch = Watch(self._check)
-        self.board = Board(self, f"host{rank % world.hosts}")
+        self.board = Board(self, [Member(id=r, pid=os.getpid(), host=f"host{r % world.hosts}") for r in range(self.size)])
 
     def _check(self):
         if self.world.barrier.broken:
@@ -321,7 +323,7 @@ def test_a_result_is_valid_until_the_next_reduce():
 
 @pytest.mark.parametrize("small", [0, 1 << 15])
 def test_buffers_are_used_again(small, monkeypatch):
-    """Steps do not make a job grow: after the first two its segment stays as it is, also where steps are begun anew."""
+    """Steps do not make a job grow: after the first its segment stays as it is, also where steps are begun anew."""
     monkeypatch.setattr(reduce, "SMALL_BYTES", small)
 
     def body(ranks):
@@ -338,7 +340,7 @@ def test_buffers_are_used_again(small, monkeypatch):
 
     for size in (1, 2, 4):
         for lengths in FakeWorld(size).run(body):
-            assert len(set(lengths[2:])) == 1, f"at {size} ranks, buffers by step: {lengths}"
+            assert len(set(lengths[1:])) == 1, f"at {size} ranks, buffers by step: {lengths}"
 
 
 def test_results_are_read_only():
@@ -359,11 +361,23 @@ def test_where_stores_are_not_ordered_ranks_meet_by_messages(monkeypatch):
 def test_where_memory_is_not_shared_messages_carry_all(hosts, monkeypatch):
     """As in containers with process numbers of their own: each rank is taken for a host by itself."""
     expected = run(1, 5, [set(), {1}], mixed, lambda tree, metrics: (bits(tree), metrics))
-    monkeypatch.setattr(board, "_page", lambda _card: None)
+    monkeypatch.setattr(board, "_page", lambda _pid, _card: None)
     for small in (0, 1 << 15):
         monkeypatch.setattr(reduce, "SMALL_BYTES", small)
         assert run(3, 5, [set(), {1}], mixed, lambda tree, metrics: (bits(tree), metrics), hosts) == expected * 3
     assert FakeWorld(4, 2).run(lambda ranks: ranks.board.hosts) == [((0,), (1,), (2,), (3,))] * 4
+
+
+def test_a_rank_that_ends_before_its_memory_is_mapped_is_lost():
+    def lost():
+        raise Lost(frozenset({7}))
+
+    def body(ranks):
+        ranks.watch.check = lost
+        ranks.board.map(0, 999_999, 4096)
+
+    with pytest.raises(Lost, match="process 7"):
+        FakeWorld(1).run(body)
 
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1, 2), (4, 1, 4), (2, 4, 3)])
