@@ -80,6 +80,8 @@ class Collectives:
 
     def fill(self, array: Array, root: int = 0) -> None:
         """Broadcast the contiguous `array` of rank `root` into that of all others."""
+        if self.size == 1:
+            return
         flat = _bytes(array)
         if self.size <= PAIR or flat.nbytes < LARGE_BYTES:
             self._hand_down(flat, root)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ..errors import JobError, Retired
 from ..model import Cursor
@@ -49,7 +50,7 @@ class Loop:
         while True:
             call, plan = self._membership.join(self.here)
             if plan is not None:
-                self.here = replace(self.here, cursor=plan.cursor, tally=plan.tally)
+                self.here = msgspec.structs.replace(self.here, cursor=plan.cursor, tally=plan.tally)
                 return True
             if call == "skip":
                 return False
@@ -83,7 +84,7 @@ class Loop:
         here, leader = self.here, self._membership.leader
         tally = here.tally.plus(samples, metrics)
         if end_of_epoch and leader is not None:
-            leader.reports.epoch(replace(here, tally=tally), leader.world.size)
+            leader.reports.epoch(msgspec.structs.replace(here, tally=tally), leader.world.size)
         if end_of_epoch and cursor.step < here.steps:
             tally = Tally(began=time.time())
-        self.here = replace(here, cursor=cursor, tally=tally)
+        self.here = msgspec.structs.replace(here, cursor=cursor, tally=tally)

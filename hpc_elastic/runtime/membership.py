@@ -112,7 +112,7 @@ class Membership:
         order: Plan | str | None = None
         said = NOTHING
         if self.leader is not None:
-            self.vigil.check()
+            self.vigil.glance()
             order = own or self.leader.turn(here, self._point, self.vigil.losses)
             said = NOTHING if order is None else WORDS[order] if isinstance(order, str) else RESIZE
         self._word = world.word(said)

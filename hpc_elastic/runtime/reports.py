@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from .. import events
 from ..progress import Progress
@@ -39,8 +40,7 @@ def await_ends(
         pause(LOOK_S)
 
 
-@dataclass(frozen=True)
-class Here:
+class Here(msgspec.Struct, frozen=True):
     """Where the job is, at a turn of its loop."""
 
     loop: int

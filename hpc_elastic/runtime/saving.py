@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +196,7 @@ class Saving:
                 events.Resumed(loop=here.loop, step=found.about.cursor.step, path=str(found.path), ranks=leader.world.size)
             )
         tally = msgspec.convert(found.about.notes["tally"], Tally)
-        return replace(here, cursor=found.about.cursor, tally=tally)
+        return msgspec.structs.replace(here, cursor=found.about.cursor, tally=tally)
 
     def _check(self, found: Checkpoint | Remembered, here: Here) -> None:
         if tuple(found.about.names) != here.names:

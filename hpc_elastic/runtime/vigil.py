@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 LOOK_S = 0.25
+GLANCE_EVERY_S = 0.005
 NO_MEETINGS = -1
 DEPARTED_S = 30.0  # how long connections with those who left may break
 UNKNOWN_S = 10.0  # how long a reason is looked for why a connection has broken
@@ -65,7 +66,7 @@ class Vigil:
         self._standstill = Standstill(session.run, me, config.stall_s, config.deadline_s + config.stall_s, self._reach)
         self._doubtful: set[str] = set()
         self._wires = Wires()
-        self._broken_since = 0.0
+        self._broken_since = self._next_glance = 0.0
         self._departed: dict[str, float] = {}  # host of a leaver -> until when connections with it may break
         self._members: tuple[Member, ...] = ()
         self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
@@ -126,6 +127,13 @@ class Vigil:
         if lost or (self.losses != NO_MEETINGS and os.path.exists(meeting)):  # noqa: PTH110  (called at every step)
             faults.at("detect")
             raise Lost(lost)
+
+    def glance(self) -> None:
+        """Check as `check` does, but not if that was done a moment ago: for the steps of a job that waits for nobody."""
+        now = time.monotonic()
+        if now >= self._next_glance:
+            self._next_glance = now + GLANCE_EVERY_S
+            self.check()
 
     @contextlib.contextmanager
     def blocking(self, members: Iterable[Member]) -> Iterator[None]:
