@@ -28,6 +28,7 @@ from .errors import (
 if TYPE_CHECKING:
     from . import keras
     from .redistribute import DistributedArray
+    from .runtime.collective import allgather, allreduce, broadcast
     from .runtime.job import Job
     from .runtime.launch import run
     from .runtime.step import Microbatch, Step
@@ -56,6 +57,9 @@ __all__ = [
     "ShardSet",
     "Step",
     "StepError",
+    "allgather",
+    "allreduce",
+    "broadcast",
     "keras",
     "open_shards",
     "run",
@@ -69,6 +73,9 @@ _LAZY = {
     "Microbatch": "runtime.step",
     "ShardSet": "shards",
     "Step": "runtime.step",
+    "allgather": "runtime.collective",
+    "allreduce": "runtime.collective",
+    "broadcast": "runtime.collective",
     "open_shards": "shards",
     "run": "runtime.launch",
     "write_shard": "shards",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StepError
+from ..errors import ArrayError, StepError
 
 Array = NDArray[Any]
 
@@ -16,11 +16,42 @@ Array = NDArray[Any]
 def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
     array = np.asarray(float(value) if isinstance(value, (int, float)) else value)  # a mean is no whole number
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "iub" and not is_float(array.dtype):
         raise StepError(
             f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them"
         )
     return array
+
+
+BFLOAT16 = "bfloat16"  # no dtype of NumPy's own: ml_dtypes has it
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Tell whether values of `dtype` have a mean of that dtype."""
+    return dtype.kind == "f" or dtype.name == BFLOAT16
+
+
+def numbers(value: Any) -> Array:
+    """Return `value` as a NumPy array of numbers, without a copy where that is possible."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iubc" and not is_float(array.dtype):
+        raise ArrayError(f"{type(value).__name__} (dtype {array.dtype}): give an array of numbers")
+    return array
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Return what `dtype_named` makes the dtype of, on any rank."""
+    return BFLOAT16 if dtype.name == BFLOAT16 else dtype.str
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Return the dtype with this name."""
+    if name == BFLOAT16:
+        from ml_dtypes import bfloat16
+
+        name = bfloat16
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
 class Structure(NamedTuple):

@@ -11,9 +11,10 @@ import msgspec
 import numpy as np
 from mpi4py import MPI
 
+from ..errors import ArrayError
 from ..model import Generation, Member
 from .board import Board
-from .collectives import Collectives
+from .collectives import Array, Collectives
 from .liveness import DEAF_S, Deaf
 from .messages import BRIDGE_TAG, GREETING_TAG, Party
 from .user import UserComm
@@ -152,6 +153,33 @@ class World(Collectives):
         heard = np.array([number])
         self.fill(heard)
         return int(heard[0])
+
+    def same(self, number: int) -> bool:
+        """Tell whether all ranks give the same `number`, of up to 63 bits. Collective."""
+        if self.size == 1:
+            return True
+        board = self.board
+        if not board.whole:
+            return len(set(self.gather_all(number.to_bytes(8, "little")))) == 1
+        board.tell([number])
+        board.meet()
+        return all(told == [number] for told in board.told())
+
+    def library_sum(self, array: Array) -> None:
+        """Add up the ranks' flat `array` in place, as MPI does. Collective; a rank that is in it when another is lost ends.
+
+        Raises
+        ------
+        ArrayError
+            If MPI has no sum of this dtype.
+        """
+        try:
+            datatype = MPI.Datatype.fromcode(array.dtype.char)
+        except ValueError:
+            datatype = MPI.DATATYPE_NULL
+        if datatype == MPI.DATATYPE_NULL or array.dtype.kind == "b" or not array.dtype.isnative:
+            raise ArrayError(f"MPI has no sum of {array.dtype}: leave exact=True")
+        self.user.Allreduce(MPI.IN_PLACE, [array, datatype])
 
     # --- the next generation ------------------------------------------------------------------------------------------
 

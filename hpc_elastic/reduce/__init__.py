@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arrays.host import flatten
+from ..arrays.host import flatten, is_float
 from ..comm.board import Board
 from ..errors import StepError
 from ..partition import block
 from .form import Form, Pool, Slot
+from .library import Library, Reducing
 from .network import Messages, Network
 from .node import OneHost, Transport
 from .order import Node, There, TreeSum, shares
@@ -20,7 +21,7 @@ from .order import Node, There, TreeSum, shares
 SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
 
-class Ranks(Messages, Protocol):
+class Ranks(Messages, Reducing, Protocol):
     """The ranks that take part."""
 
     rank: int
@@ -41,9 +42,12 @@ class Sum:
         Number L of microbatches.
     ranks : callable
         Returns the ranks of the current generation.
+    exact : bool
+        False takes MPI's own sum, in whatever order.
     """
 
-    def __init__(self, leaves: int, ranks: Callable[[], Ranks]) -> None:
+    def __init__(self, leaves: int, ranks: Callable[[], Ranks], *, exact: bool = True) -> None:
+        self._exact = exact
         self._leaves = leaves
         self._ranks = ranks
         self._form: Form | None = None
@@ -89,7 +93,7 @@ class Sum:
             )
         slot = self._slots.take()
         for array, target in zip((*arrays, np.array(list(metrics.values()))), slot.arrays, strict=True):
-            if array.dtype.kind == "f":
+            if is_float(array.dtype):
                 np.multiply(array, array.dtype.type(weight), out=target)
             else:
                 np.copyto(target, array)
@@ -114,7 +118,7 @@ class Sum:
         mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
         self._tree = None
         slots = self._slots
-        large = ranks.size > 1 and form.nbytes > SMALL_BYTES
+        large = ranks.size > 1 and (not self._exact or form.nbytes > SMALL_BYTES)
         if ranks.size == 1:
             self._total = mine[0]
         elif large:
@@ -127,10 +131,14 @@ class Sum:
 
     def _across(self, ranks: Ranks) -> Transport:
         if self._transport is None or self._among is not ranks:
-            board = ranks.board
-            self._transport = OneHost(board) if len(board.hosts) == 1 else Network(board, ranks)
-            self._among = ranks
+            self._transport, self._among = self._way(ranks), ranks
         return self._transport
+
+    def _way(self, ranks: Ranks) -> Transport:
+        if not self._exact:
+            return Library(ranks)
+        board = ranks.board
+        return OneHost(board) if len(board.hosts) == 1 else Network(board, ranks)
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
         """Return the result of an `exchange`. Collective."""

@@ -54,7 +54,8 @@ class Network:
         parts = np.empty(sum(counts), np.uint8)
         stretches = [pool.segment.bytes[slot.offset : slot.offset + form.nbytes] for slot in mine]
         self._messages.all_parts(np.concatenate(stretches) if mine else np.empty(0, np.uint8), parts, counts)
-        return whole_sum(there, [form.slot(row) for row in parts.reshape(-1, form.nbytes)], pool.own)
+        rows = range(sum(len(nodes) for nodes in there))
+        return whole_sum(there, [form.slot(parts, row * form.nbytes) for row in rows], pool.own)
 
     def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         total, *parts = self._near.meet(form, pool, mine, large=True)

@@ -14,6 +14,7 @@ from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
 from ..reduce import Sum
 from ..sampler import Order, microbatches
+from .collective import Collective
 from .loop import Loop
 from .membership import Membership
 from .plan import Tally
@@ -36,7 +37,7 @@ class Job:
         True once the job was asked to stop: loops end early.
     over : bool
         True once nothing more is to come on this rank.
-    session, membership
+    session, membership, collective
         The runtime's own.
     """
 
@@ -44,6 +45,7 @@ class Job:
         self.stopped = self.over = False
         self.session = session
         self.membership = membership
+        self.collective = Collective(membership.joined)
         self._saving = Saving(session, membership)
         self._looping = False
         self._loops = self._entries = 0
@@ -136,7 +138,7 @@ class Job:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     def steps(
-        self, data: Samples, epochs: int, batch: int, *, shuffle: bool = True, seed: int | None = None
+        self, data: Samples, epochs: int, batch: int, *, shuffle: bool = True, seed: int | None = None, exact: bool = True
     ) -> Iterator[Step]:
         """Yield the steps of `epochs` passes over `data`; each turn is a resize point.
 
@@ -155,6 +157,8 @@ class Job:
             False takes the samples in their order.
         seed : int, optional
             Seed of the order; the setting ``seed`` by default.
+        exact : bool
+            False adds up as MPI does: then the last bits depend on the number of ranks, the library and the hosts.
 
         Raises
         ------
@@ -164,7 +168,7 @@ class Job:
         leaves = self.session.config.microbatches
         per_epoch = count_steps(len(data), epochs, batch, self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
-        total = Sum(leaves, self.membership.joined)
+        total = Sum(leaves, self.membership.joined, exact=exact)
         fingerprint = getattr(data, "fingerprint", "")
         for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
             cursor = loop.here.cursor

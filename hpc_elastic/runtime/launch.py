@@ -22,6 +22,7 @@ from ..errors import ElasticError, JobError, Retired
 from ..model import Member
 from ..places import checkpoint_folder
 from ..rundir import RunDirectory
+from . import collective
 from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked
 from .signals import heeded
@@ -244,6 +245,7 @@ def _job(session: Session, member: Member, world: World | None, door: Door | Non
     vigil = Vigil(session, member)
     membership = Membership(session, member, world, door, vigil)
     job = Job(session, membership)
+    collective.serve(job)
     faults.arm(session.run.path / "faults", lambda: facts(job))
     return job
 

@@ -1,0 +1,191 @@
+"""Sums, broadcasts and gathers of the user's own arrays, over the ranks that there are now."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from ..arrays.host import Array, dtype_named, name_of, numbers
+from ..errors import ArrayError, JobError
+from ..reduce import Sum
+
+if TYPE_CHECKING:
+    from ..comm.world import World
+    from .job import Job
+
+SUMS = 8  # of so many shapes and dtypes buffers are kept
+_jobs: list[Job] = []  # the one of this process
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """What comes with an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Collective:
+    """The collectives of a job.
+
+    Parameters
+    ----------
+    joined : callable
+        Returns the world of now.
+    """
+
+    def __init__(self, joined: Callable[[], World]) -> None:
+        self._joined = joined
+        self._world: World | None = None
+        self._sums: dict[object, Sum] = {}  # the one that was used last is the last
+
+    def allreduce(self, array: Any, out: Array | None = None, *, exact: bool = True) -> Array:
+        """See the function `allreduce`."""
+        world, value = self._joined(), numbers(array)
+        if out is not None and (out.shape != value.shape or out.dtype != value.dtype):
+            raise ArrayError(f"allreduce of {_text(value)}: out is {_text(out)}, and must be alike")
+        if not world.same(zlib.crc32(f"{_text(value)} {exact}".encode())):
+            raise ArrayError(f"allreduce: the ranks did not give arrays alike; that of rank {world.rank} is {_text(value)}")
+        total = self._sum(world, value, exact)
+        total.add(world.rank, value, {}, 1.0)
+        total.exchange(set())
+        result: Array = total.result()[0]
+        if out is None:
+            return result.copy()
+        np.copyto(out, result)
+        return out
+
+    def _sum(self, world: World, value: Array, exact: bool) -> Sum:
+        """Return the sum for arrays like `value`, the same one on all ranks."""
+        if self._world is not world:
+            self._world, self._sums = world, {}
+        key = value.shape, value.dtype, exact
+        total = self._sums.pop(key, None) or Sum(world.size, self._joined, exact=exact)
+        self._sums[key] = total
+        if len(self._sums) > SUMS:
+            del self._sums[next(iter(self._sums))]
+        return total
+
+    def broadcast(self, array: Any = None, root: int = 0) -> Array:
+        """See the function `broadcast`."""
+        world = self._joined()
+        if not 0 <= root < world.size:
+            raise ArrayError(f"broadcast from rank {root}: there are ranks 0 to {world.size - 1}")
+        if world.rank == root:
+            value = np.ascontiguousarray(numbers(array)).reshape(np.shape(array))
+            world.tell(msgspec.msgpack.encode(_head(value)), root)
+        else:
+            value = _room(world.tell(None, root))
+        world.fill(value, root)
+        return value
+
+    def allgather(self, array: Any) -> list[Array]:
+        """See the function `allgather`."""
+        world, value = self._joined(), numbers(array)
+        heads = world.gather_all(msgspec.msgpack.encode(_head(value)))
+        arrays = [_room(head) for head in heads]
+        whole = np.empty(sum(one.nbytes for one in arrays), np.uint8)
+        counts = [one.nbytes for one in arrays]
+        world.all_parts(np.ascontiguousarray(value).reshape(-1).view(np.uint8), whole, counts)
+        ends = np.cumsum(counts)
+        parts = [whole[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        return [part.view(one.dtype).reshape(one.shape) for part, one in zip(parts, arrays, strict=True)]
+
+
+def _head(value: Array) -> Head:
+    return Head(value.shape, name_of(value.dtype))
+
+
+def _room(head: bytes) -> Array:
+    """Return an array for what comes."""
+    told = msgspec.msgpack.decode(head, type=Head)
+    return np.empty(told.shape, dtype_named(told.dtype))
+
+
+def _text(value: Array) -> str:
+    return f"{name_of(value.dtype)} {value.shape}"
+
+
+# --- for the job of this process --------------------------------------------------------------------------------------
+
+
+def serve(job: Job) -> None:
+    """Let the functions below work for `job`."""
+    _jobs[:] = [job]
+
+
+def _collective() -> Collective:
+    if not _jobs or _jobs[0].over:
+        raise JobError("no job is running in this process: call this in the function that is given to he.run")
+    return _jobs[0].collective
+
+
+def allreduce(array: Any, out: Array | None = None, *, exact: bool = True) -> Array:
+    """Return the sum of the ranks' arrays, on every rank. Collective.
+
+    The sum has the same bits on every rank, and whenever as many ranks add up the same, on whatever hosts. For the same
+    bits at *any* number of ranks use ``step.add``, of which each microbatch is one operand.
+
+    Parameters
+    ----------
+    array : array_like, bool, integer, float or bfloat16
+        Of the same shape and dtype on every rank.
+    out : numpy.ndarray, optional
+        Where the sum goes; it may be `array` itself. Otherwise a new array is made.
+    exact : bool
+        False takes MPI's own sum, of which the last bits depend on the library and on where the ranks are.
+
+    Returns
+    -------
+    numpy.ndarray
+        The sum, of the same shape and dtype.
+
+    Raises
+    ------
+    ArrayError
+        If the arrays differ in shape or dtype, or hold something else.
+    JobError
+        If no job is running, or this rank has not joined it yet.
+    """
+    return _collective().allreduce(array, out, exact=exact)
+
+
+def broadcast(array: Any = None, root: int = 0) -> Array:
+    """Return the array of rank `root`, on every rank. Collective.
+
+    Parameters
+    ----------
+    array : array_like
+        Used on rank `root` alone; of any shape and any dtype of numbers.
+    root : int
+        The rank whose array is meant.
+
+    Raises
+    ------
+    ArrayError
+        If there is no such rank, or this is the one and gave something else than numbers.
+    JobError
+        If no job is running, or this rank has not joined it yet.
+    """
+    return _collective().broadcast(array, root)
+
+
+def allgather(array: Any) -> list[Array]:
+    """Return the arrays of all ranks, in the order of the ranks, on every rank. Collective.
+
+    Parameters
+    ----------
+    array : array_like
+        Of any shape and any dtype of numbers; these may differ from rank to rank.
+
+    Raises
+    ------
+    ArrayError
+        If this rank gave something else than numbers.
+    JobError
+        If no job is running, or this rank has not joined it yet.
+    """
+    return _collective().allgather(array)
