@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.host import Array, Structure
+from ..arrays.host import Array, Structure, name_of
 from ..comm.segments import Bytes, Segment
 
 ALIGN_BYTES = 64
@@ -44,6 +45,8 @@ class Form:
     ----------
     nbytes : int
         Length of the whole.
+    digest : int
+        Different for most forms that differ; the same in all processes.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Form:
         self.key = structure, arrays, metrics
         self.structure = structure
         self.metrics = metrics
+        told = [*((shape, name_of(dtype)) for shape, dtype in arrays), *metrics]
+        self.digest = zlib.crc32(repr(told).encode())
         self._places: list[tuple[DType, slice, tuple[int, ...]]] = []
         lengths: dict[DType, int] = {}
         for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64))):

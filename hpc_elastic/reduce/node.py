@@ -9,12 +9,13 @@ import numpy as np
 
 from ..comm.board import Board
 from ..comm.segments import Bytes, Segment
+from ..errors import ArrayError
 from ..partition import block
 from .adding import add_up
 from .form import ALIGN_BYTES, Form, Pool, Slot
 from .order import There, whole_tree
 
-HEAD = 4  # numbers that a rank tells of itself, before those of its slots
+HEAD = 5  # numbers that a rank tells of itself, before those of its slots
 
 
 class Transport(Protocol):
@@ -45,9 +46,12 @@ class Near:
         board = self.board
         result = pool.result().offset if large and not board.place else -1
         segment = pool.segment
-        board.tell([segment.serial, segment.descriptor, len(segment.bytes), result, *(slot.offset for slot in mine)])
+        head = segment.serial, segment.descriptor, len(segment.bytes), form.digest, result
+        board.tell([*head, *(slot.offset for slot in mine)])
         board.meet()
         told = board.told()
+        if any(numbers[3] != form.digest for numbers in told):
+            raise ArrayError("the ranks did not give arrays alike: shapes and dtypes must be the same on all of them")
         if any(tuple(numbers[:3]) != self._segments[place][0] for place, numbers in enumerate(told)):
             self._map(segment, told)
         places = [(0, told[0][HEAD - 1])] if large else []
