@@ -45,8 +45,9 @@ def test_the_public_names():
 
 
 def fresh(code):
-    """Run `code` in a Python of its own."""
-    command = [sys.executable, "-W", "error", "-c", code]
+    """Run `code` in a Python of its own, and end MPI if that has begun it: Open MPI would leave shared memory behind."""
+    end = "import sys\nif 'mpi4py.MPI' in sys.modules:\n    from hpc_elastic.comm.world import finalize; finalize()"
+    command = [sys.executable, "-W", "error", "-c", f"{code}\n{end}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
