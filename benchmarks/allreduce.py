@@ -20,12 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +74,15 @@ def on_one(start: str, ranks: int, rounds: int, sizes: Sequence[int]) -> dict[st
 
 def on_two(ranks: int, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
     """Measure on two nodes of a cluster for tests."""
-    from slurm.cluster import Cluster
-    from slurm.cluster.configuration import Shape
+    from .slurm import cluster
 
     settings = ["broker=slurm", f"ranks_per_node={ranks // 2}", "stall_s=20", "policy=greedy"]
     options = ["--max", str(ranks), *(word for each in settings for word in ("--set", each))]
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        up = stack.enter_context(Cluster(folder / "c", Shape(2, isolate=True)))
-        stack.enter_context(up.in_environ())
-        file = folder / "found.json"
-        under = [
-            "salloc",
-            "--quiet",
-            "--nodes=1",
-            "--exclusive",
-            "--time=60",
-            sys.executable,
-            "-m",
-            "hpc_elastic.cli",
-            "run",
-        ]
-        return seconds([*under, *options, str(JOB), str(file), str(ranks), str(rounds), *map(str, sizes)], file, up.environ)
+    with cluster(2, isolate=True) as up, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        file = Path(folder) / "found.json"
+        run = [sys.executable, "-m", "hpc_elastic.cli", "run", *options, str(JOB), str(file), str(ranks), str(rounds)]
+        job = ["sbatch", "--wait", "--quiet", "--nodes=1", "--exclusive", f"--output={folder}/out"]
+        return seconds(up.command([*job, "--wrap", shlex.join([*run, *map(str, sizes)])]), file, up.environ)
 
 
 def records(found: dict[str, Any], context: dict[str, Any]) -> Iterator[Record]:
