@@ -16,7 +16,7 @@ Array = NDArray[Any]
 def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
     array = np.asarray(float(value) if isinstance(value, (int, float)) else value)  # a mean is no whole number
-    if array.dtype.kind not in "iub" and not is_float(array.dtype):
+    if not _is_number(array.dtype):
         raise StepError(
             f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them"
         )
@@ -31,10 +31,14 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name == BFLOAT16
 
 
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "iub" or is_float(dtype)
+
+
 def numbers(value: Any) -> Array:
     """Return `value` as a NumPy array of numbers, without a copy where that is possible."""
     array = np.asarray(value)
-    if array.dtype.kind not in "iubc" and not is_float(array.dtype):
+    if array.dtype.kind != "c" and not _is_number(array.dtype):
         raise ArrayError(f"{type(value).__name__} (dtype {array.dtype}): give an array of numbers")
     return array
 

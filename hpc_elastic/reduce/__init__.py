@@ -24,7 +24,6 @@ SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, ea
 class Ranks(Messages, Reducing, Protocol):
     """The ranks that take part."""
 
-    rank: int
     size: int
 
     @property

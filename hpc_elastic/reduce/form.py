@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,17 +96,19 @@ class Pool:
     ----------
     segment : Segment
         Where they are.
-    own : Slot
-        One that nobody else sees, for results.
     """
 
     def __init__(self, form: Form) -> None:
         self.segment = Segment()
-        self.own = form.new()
         self._form = form
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._result: Slot | None = None
+
+    @cached_property
+    def own(self) -> Slot:
+        """One that nobody else sees, for results."""
+        return self._form.new()
 
     def take(self) -> Slot:
         """Return a slot that nobody uses."""

@@ -30,11 +30,12 @@ class Library:
 
     def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:  # noqa: ARG002
         total = pool.own
+        tree = pairs(there[self._ranks.rank]) if mine else None
         for dtype, out in total.flat.items():
-            if mine:
-                add_up(pairs(there[self._ranks.rank]), [slot.flat[dtype] for slot in mine], out)
-            else:
+            if tree is None:
                 out.fill(0)
+            else:
+                add_up(tree, [slot.flat[dtype] for slot in mine], out)
             if len(out):
                 self._ranks.library_sum(out)
         return total

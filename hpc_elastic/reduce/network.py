@@ -64,9 +64,8 @@ class Network:
         others = [host for host in range(len(self._hosts)) if host != self._host]
         sends: Trade = []
         receives: Trade = []
-        work: list[
-            tuple[int, Array, list[slice], list[list[Array]]]
-        ] = []  # lane, the pieces of what, what hosts have for ours
+        # Lane, what is cut into pieces, these, and the sums that each host has for our piece.
+        work: list[tuple[int, Array, list[slice], list[list[Array]]]] = []
         for lane in self._own:
             for dtype, whole in total.flat.items():
                 pieces = self._pieces(len(whole), lane, whole.itemsize)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from ..arrays.host import Array, dtype_named, name_of, numbers
+from ..comm.segments import Bytes
 from ..errors import ArrayError, JobError
 from ..reduce import Sum
 
@@ -26,6 +29,23 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
     shape: tuple[int, ...]
     dtype: str
+
+    @classmethod
+    def of(cls, value: Array) -> bytes:
+        """Return that of `value`, for `told`."""
+        return msgspec.msgpack.encode(cls(value.shape, name_of(value.dtype)))
+
+    @classmethod
+    def told(cls, data: bytes) -> Head:
+        return msgspec.msgpack.decode(data, type=cls)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * dtype_named(self.dtype).itemsize
+
+    def array(self, memory: Bytes) -> Array:
+        """Return the array whose bytes are in `memory`."""
+        return memory.view(dtype_named(self.dtype)).reshape(self.shape)
 
 
 class Collective:
@@ -76,33 +96,21 @@ class Collective:
             raise ArrayError(f"broadcast from rank {root}: there are ranks 0 to {world.size - 1}")
         if world.rank == root:
             value = np.ascontiguousarray(numbers(array)).reshape(np.shape(array))
-            world.tell(msgspec.msgpack.encode(_head(value)), root)
+            world.tell(Head.of(value), root)
         else:
-            value = _room(world.tell(None, root))
+            head = Head.told(world.tell(None, root))
+            value = head.array(np.empty(head.nbytes, np.uint8))
         world.fill(value, root)
         return value
 
     def allgather(self, array: Any) -> list[Array]:
         """See the function `allgather`."""
         world, value = self._joined(), numbers(array)
-        heads = world.gather_all(msgspec.msgpack.encode(_head(value)))
-        arrays = [_room(head) for head in heads]
-        whole = np.empty(sum(one.nbytes for one in arrays), np.uint8)
-        counts = [one.nbytes for one in arrays]
+        heads = [Head.told(data) for data in world.gather_all(Head.of(value))]
+        counts = [head.nbytes for head in heads]
+        whole = np.empty(sum(counts), np.uint8)
         world.all_parts(np.ascontiguousarray(value).reshape(-1).view(np.uint8), whole, counts)
-        ends = np.cumsum(counts)
-        parts = [whole[end - count : end] for end, count in zip(ends, counts, strict=True)]
-        return [part.view(one.dtype).reshape(one.shape) for part, one in zip(parts, arrays, strict=True)]
-
-
-def _head(value: Array) -> Head:
-    return Head(value.shape, name_of(value.dtype))
-
-
-def _room(head: bytes) -> Array:
-    """Return an array for what comes."""
-    told = msgspec.msgpack.decode(head, type=Head)
-    return np.empty(told.shape, dtype_named(told.dtype))
+        return [head.array(whole[end - head.nbytes : end]) for head, end in zip(heads, accumulate(counts), strict=True)]
 
 
 def _text(value: Array) -> str:
