@@ -1,1 +1,1 @@
-"""Arrays on the host; other devices get a module of their own."""
+"""Arrays: on the host in `host`, on GPUs in `gpu`."""

@@ -1,4 +1,4 @@
-"""Host arrays: what users hand in, seen as NumPy arrays without a copy, and nested structures of them."""
+"""What users hand in: NumPy arrays, and what can be seen as such without a copy; CuPy arrays; nested structures of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArrayError, StepError
+from . import gpu
 
 Array = NDArray[Any]
 
 
 def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
-    array = np.asarray(float(value) if isinstance(value, (int, float)) else value)  # a mean is no whole number
+    return _summable(
+        np.asarray(float(value) if isinstance(value, (int, float)) else value), value
+    )  # a mean is no whole number
+
+
+def _summable(array: Array, value: Any) -> Array:
     if not _is_number(array.dtype):
         raise StepError(
             f"can't sum a value of type {type(value).__name__} (dtype {array.dtype}): give numbers or arrays of them"
@@ -36,8 +42,10 @@ def _is_number(dtype: np.dtype[Any]) -> bool:
 
 
 def numbers(value: Any) -> Array:
-    """Return `value` as a NumPy array of numbers, without a copy where that is possible."""
-    array = np.asarray(value)
+    """Return `value` as a NumPy array of numbers, or as a CuPy one if it is on a GPU; without a copy where possible."""
+    array: Array | None = value if type(value) is np.ndarray else gpu.adopted(value)
+    if array is None:
+        array = np.asarray(value)
     if array.dtype.kind != "c" and not _is_number(array.dtype):
         raise ArrayError(f"{type(value).__name__} (dtype {array.dtype}): give an array of numbers")
     return array
@@ -59,24 +67,35 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 
 class Structure(NamedTuple):
-    """How arrays are nested: `kind` is "array", "list", "tuple" or "dict"; two equal ones nest alike. Can be pickled."""
+    """How arrays are nested: `kind` is `HOST`, `GPU`, "list", "tuple" or "dict"; two equal ones nest alike."""
 
     kind: str
     keys: tuple[Any, ...] = ()
     parts: tuple[Structure, ...] = ()
 
-    def build(self, arrays: Iterator[Array]) -> Any:
+    def build(self, arrays: Iterator[Any]) -> Any:
         """Return the structure filled with the next of `arrays`."""
-        if self.kind == "array":
+        if self.kind in PLACES:
             return next(arrays)
         items = [part.build(arrays) for part in self.parts]
         if self.kind == "dict":
             return dict(zip(self.keys, items, strict=True))
         return tuple(items) if self.kind == "tuple" else items
 
+    def places(self) -> list[str]:
+        """Return where each array is: `HOST` or `GPU`."""
+        return [self.kind] if self.kind in PLACES else [place for part in self.parts for place in part.places()]
+
+
+HOST, GPU = "array", "gpu"
+PLACES = frozenset((HOST, GPU))
+_on_host, _on_gpu = Structure(HOST), Structure(GPU)
+
 
 def flatten(tree: Any) -> tuple[list[Array], Structure]:
     """Return the arrays in `tree` (an array, or nested lists, tuples and dicts of them) and how they are nested."""
+    if type(tree) is np.ndarray:
+        return [view(tree)], _on_host
     if isinstance(tree, Mapping):
         arrays, structure = flatten(list(tree.values()))
         return arrays, Structure("dict", tuple(tree), structure.parts)
@@ -84,4 +103,7 @@ def flatten(tree: Any) -> tuple[list[Array], Structure]:
         flat = [flatten(item) for item in tree]
         kind = "list" if isinstance(tree, list) else "tuple"
         return [array for arrays, _ in flat for array in arrays], Structure(kind, (), tuple(part for _, part in flat))
-    return [view(tree)], Structure("array")
+    far = gpu.adopted(tree)
+    if far is None:
+        return [view(tree)], _on_host
+    return [_summable(far, tree)], _on_gpu

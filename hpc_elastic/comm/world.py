@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -77,6 +77,14 @@ def finalize() -> None:
         end_in_time()
 
 
+class Belonging(Protocol):
+    """What belongs to one generation, and ends with it."""
+
+    def close(self) -> None:
+        """End it, without the others."""
+        ...
+
+
 class World(Collectives):
     """The ranks of one generation.
 
@@ -96,6 +104,7 @@ class World(Collectives):
         self._user: MPI.Intracomm | None = None
         self._marked: UserComm | None = None
         self._board: Board | None = None
+        self._belongings: dict[str, Belonging] = {}
 
     @classmethod
     def of_seeds(cls, watch: Watch) -> World:
@@ -136,6 +145,12 @@ class World(Collectives):
         if self._board is None:
             self._board = Board(self, self.generation.members)
         return self._board
+
+    def keep(self, name: str, make: Callable[[], Belonging]) -> Belonging:
+        """Return what this generation has under `name`: made when it is first asked for, closed when the generation ends."""
+        if name not in self._belongings:
+            self._belongings[name] = make()
+        return self._belongings[name]
 
     def barrier(self, among: Sequence[int] | None = None) -> None:
         """Wait for all ranks, or for those `among` them."""
@@ -230,6 +245,7 @@ class World(Collectives):
             # Not freed are the old communicators: some of their messages will never come.
             return self.comm.Create_group(self.comm.group.Incl(survivors), tag)
 
+        self.close_belongings()
         if not vendor().shrinks:
             self._greet(survivors, tag, sent)
         comm = together(self.watch, generation.members, rebuilt)
@@ -263,8 +279,14 @@ class World(Collectives):
 
         self.watch.requests(requests, look=look)
 
+    def close_belongings(self) -> None:
+        """Close what was kept. Local."""
+        while self._belongings:
+            self._belongings.popitem()[1].close()
+
     def close_user(self) -> None:
-        """Free the user's communicator."""
+        """Free the user's communicator, and close what was kept."""
+        self.close_belongings()
         if self._user is not None:
             self._user.Free()
             self._user = self._marked = None

@@ -1,22 +1,28 @@
-"""The canonical sum: the same bits at any number of ranks. Its order is in `order`, transports in `node` and `network`."""
+"""The canonical sum: the same bits at any number of ranks. Order: `order`; transports: `node`, `network`, `device`."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from typing import Any, Protocol
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..arrays.host import flatten, is_float
+from ..arrays.host import GPU, Structure, flatten, name_of
 from ..comm.board import Board
 from ..errors import StepError
 from ..partition import block
-from .form import Form, Pool, Slot
+from .form import DType, Form, Pool
 from .library import Library, Reducing
 from .network import Messages, Network
 from .node import OneHost, Transport
-from .order import Node, There, TreeSum, shares
+from .order import There, shares
+from .part import Part
+
+if TYPE_CHECKING:
+    from ..comm.waiting import Watch
+    from ..comm.world import Belonging
 
 SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
@@ -25,11 +31,17 @@ class Ranks(Messages, Reducing, Protocol):
     """The ranks that take part."""
 
     size: int
+    watch: Watch
 
     @property
     def board(self) -> Board: ...
 
     def gather_all(self, data: bytes) -> list[bytes]: ...
+
+    def keep(self, name: str, make: Callable[[], Belonging]) -> Belonging: ...
+
+
+Key = tuple[Structure, tuple[tuple[tuple[int, ...], DType], ...], tuple[str, ...]]  # how arrays nest, their forms, metrics
 
 
 class Sum:
@@ -49,14 +61,9 @@ class Sum:
         self._exact = exact
         self._leaves = leaves
         self._ranks = ranks
-        self._form: Form | None = None
-        self._pool: Pool | None = None
-        self._tree: TreeSum[Slot] | None = None
+        self._key: Key | None = None
+        self._parts: list[Part] = []
         self._added = False  # since the last sum that was done
-        self._held: list[Slot] = []  # of the last sum, which others may still read, or which is its result
-        self._total: Slot | None = None
-        self._transport: Transport | None = None
-        self._among: Ranks | None = None  # whom the transport is for
 
     @property
     def interval(self) -> tuple[int, int]:
@@ -64,80 +71,73 @@ class Sum:
         ranks = self._ranks()
         return block(self._leaves, ranks.size, ranks.rank)
 
-    def _combine(self, left: Slot, right: Slot) -> Slot:
-        for dtype, values in left.flat.items():
-            np.add(values, right.flat[dtype], out=values)
-        self._slots.give([right])
-        return left
-
-    @property
-    def _slots(self) -> Pool:
-        if self._pool is None:
-            assert self._form is not None
-            self._pool = Pool(self._form)
-        return self._pool
-
     def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
         """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
         arrays, structure = flatten(values)
         key = structure, tuple((a.shape, a.dtype) for a in arrays), tuple(metrics)
-        if self._form is None:
-            self._form = Form(*key)
-        form = self._form
-        if key != form.key:
+        if self._key is None:
+            self._begin(key)
+        elif key != self._key:
+            _, forms, names = self._key
             raise StepError(
                 f"step.add got {len(arrays)} arrays and metrics {list(metrics)}, unlike the first time "
-                f"({len(form.key[1])} arrays, metrics {list(form.metrics)}): "
-                "nesting, keys and their order, shapes and dtypes must stay the same"
+                f"({len(forms)} arrays, metrics {list(names)}): "
+                "nesting, keys and their order, shapes and dtypes, and whether on a GPU, must stay the same"
             )
-        slot = self._slots.take()
-        for array, target in zip((*arrays, np.array(list(metrics.values()))), slot.arrays, strict=True):
-            if is_float(array.dtype):
-                np.multiply(array, array.dtype.type(weight), out=target)
-            else:
-                np.copyto(target, array)
-        if self._tree is None:
-            self._tree = TreeSum(self._combine, self.interval[0])
-        self._tree.feed(Node(0, index), slot)
+        arrays.append(np.array(list(metrics.values())))
+        for part in self._parts:
+            part.add(index, arrays, weight)
         self._added = True
+
+    def _begin(self, key: Key) -> None:
+        """Lay out the arrays, and behind them the metrics, in parts: what is on the host, and what is on the GPU."""
+        structure, arrays, metrics = key
+        forms = [*arrays, ((len(metrics),), np.dtype(np.float64))]
+        places = structure.places()
+        told = [*((shape, name_of(dtype), place) for (shape, dtype), place in zip(arrays, places, strict=True)), *metrics]
+        digest = zlib.crc32(repr(told).encode())
+        far = [number for number, place in enumerate(places) if place == GPU]
+        near = [number for number in range(len(forms)) if number not in far] if far else None
+        # The host's part is always there, and comes first: where it meets, ranks whose forms differ are told.
+        own = forms if near is None else [forms[number] for number in near]
+        self._parts = [Part(Pool(Form(own, digest)), near, self._first, self._by_host)]
+        if far:
+            from .device import GpuSlots
+
+            slots = GpuSlots(Form([forms[number] for number in far], digest))
+            self._parts.append(Part(slots, far, self._first, self._by_device))
+        self._key = key
+
+    def _first(self) -> int:
+        return self.interval[0]
 
     def drop(self) -> None:
         """Forget what was added since the last sum."""
-        if self._added and self._pool is not None:
-            self._pool.recall(self._held)
-        self._tree, self._added = None, False
+        for part in self._parts:
+            part.drop(added=self._added)
+        self._added = False
 
     def exchange(self, empty: set[int]) -> None:
         """Add up over all ranks; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
         there = shares(self._leaves, ranks.size, frozenset(empty))
-        if self._form is None and there[ranks.rank]:
+        if self._key is None and there[ranks.rank]:
             raise StepError("step.reduce without any step.add")
-        form = self._agreed(ranks, there)
-        mine = self._tree.subtrees(there[ranks.rank]) if self._tree is not None else []
-        self._tree = None
-        slots = self._slots
-        large = ranks.size > 1 and (not self._exact or form.nbytes > SMALL_BYTES)
-        if ranks.size == 1:
-            self._total = mine[0]
-        elif large:
-            self._total = self._across(ranks).large(form, slots, mine, there)
-        else:
-            self._total = self._across(ranks).small(form, slots, mine, there)
-        done, self._held = (self._held + mine, []) if large else (self._held, mine)
-        slots.give(done)
+        self._agree(ranks, there)
+        for part in self._parts:
+            part.exchange(ranks, there, large=ranks.size > 1 and (not self._exact or part.form.nbytes > SMALL_BYTES))
         self._added = False
 
-    def _across(self, ranks: Ranks) -> Transport:
-        if self._transport is None or self._among is not ranks:
-            self._transport, self._among = self._way(ranks), ranks
-        return self._transport
-
-    def _way(self, ranks: Ranks) -> Transport:
+    def _by_host(self, ranks: Ranks) -> Transport[Pool]:
         if not self._exact:
             return Library(ranks)
         board = ranks.board
         return OneHost(board) if len(board.hosts) == 1 else Network(board, ranks)
+
+    def _by_device(self, ranks: Ranks) -> Transport[Any]:
+        from .device import way
+
+        return way(ranks, self._by_host(ranks), exact=self._exact)
 
     def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
         """Return the result of an `exchange`. Collective."""
@@ -145,19 +145,26 @@ class Sum:
         return self.result()
 
     def result(self) -> tuple[Any, dict[str, float]]:
-        """Return the sums in the structure of what was added, and the metrics; read-only, valid until the next exchange."""
-        form, total = self._form, self._total
-        assert form is not None
-        assert total is not None
-        return form.structure.build(iter(total.results)), dict(zip(form.metrics, total.results[-1].tolist(), strict=True))
+        """Return the sums in the structure of what was added, and the metrics.
 
-    def _agreed(self, ranks: Ranks, there: There) -> Form:
-        """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
-        if not all(there):
-            source = next(rank for rank, nodes in enumerate(there) if nodes)
-            told = pickle.dumps(self._form.key) if self._form is not None and ranks.rank == source else b""
-            heard = ranks.gather_all(told)[source]
-            if self._form is None:
-                self._form = Form(*pickle.loads(heard))  # noqa: S301  from a rank of this very job
-        assert self._form is not None
-        return self._form
+        They are valid until the next exchange, and read-only on the host.
+        """
+        assert self._key is not None
+        structure, _, metrics = self._key
+        results = self._parts[0].results if len(self._parts) == 1 else _woven(self._parts)
+        return structure.build(iter(results)), dict(zip(metrics, results[-1].tolist(), strict=True))
+
+    def _agree(self, ranks: Ranks, there: There) -> None:
+        """Know the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
+        if all(there):
+            return
+        source = next(rank for rank, nodes in enumerate(there) if nodes)
+        heard = ranks.gather_all(pickle.dumps(self._key) if ranks.rank == source else b"")[source]
+        if self._key is None:
+            self._begin(pickle.loads(heard))  # noqa: S301  from a rank of this very job
+
+
+def _woven(parts: Sequence[Part]) -> list[Any]:
+    """Return the results of all `parts` in the order of the arrays."""
+    numbered = {number: array for part in parts for number, array in zip(part.numbers or (), part.results, strict=True)}
+    return [numbered[number] for number in range(len(numbered))]

@@ -1,9 +1,8 @@
-"""How a structure of arrays lies in one stretch of memory: a flat buffer for each dtype, one behind the other."""
+"""How arrays lie in one stretch of memory: a flat buffer for each dtype, one behind the other."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.host import Array, Structure, name_of
+from ..arrays.host import Array
 from ..comm.segments import Bytes, Segment
 
 ALIGN_BYTES = 64
@@ -25,42 +24,39 @@ class Slot(NamedTuple):
     ----------
     offset : int
         Where it begins in its segment.
+    memory : numpy.ndarray, uint8, or CuPy's
+        All of it.
     flat : dict of dtype to numpy.ndarray
         The buffer of each dtype.
     arrays : list of numpy.ndarray
-        Each array, and the metrics, in its place of them.
+        Each array in its place of them.
     results : list of numpy.ndarray
-        These, read-only: other ranks may read the same memory.
+        These, read-only on the host: other ranks may read the same memory.
     """
 
     offset: int
+    memory: Bytes
     flat: dict[DType, Array]
     arrays: list[Array]
     results: list[Array]
 
 
 class Form:
-    """Where each array lies; metrics lie behind the float64 ones.
+    """Where each of `arrays`, given by shape and dtype, lies.
 
     Attributes
     ----------
     nbytes : int
         Length of the whole.
     digest : int
-        Different for most forms that differ; the same in all processes.
+        As given: different for most forms that differ, and the same on all ranks.
     """
 
-    def __init__(
-        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], DType], ...], metrics: tuple[str, ...]
-    ) -> None:
-        self.key = structure, arrays, metrics
-        self.structure = structure
-        self.metrics = metrics
-        told = [*((shape, name_of(dtype)) for shape, dtype in arrays), *metrics]
-        self.digest = zlib.crc32(repr(told).encode())
+    def __init__(self, arrays: Iterable[tuple[tuple[int, ...], DType]], digest: int) -> None:
+        self.digest = digest
         self._places: list[tuple[DType, slice, tuple[int, ...]]] = []
         lengths: dict[DType, int] = {}
-        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64))):
+        for shape, dtype in arrays:
             start = lengths.get(dtype, 0)
             lengths[dtype] = start + math.prod(shape)
             self._places.append((dtype, slice(start, lengths[dtype]), shape))
@@ -80,7 +76,8 @@ class Form:
         whole = memory[offset : offset + self.nbytes]
         flat: dict[DType, Array] = {dtype: whole[cut].view(dtype) for dtype, cut in self._cuts}
         arrays = [flat[dtype][place].reshape(shape) for dtype, place, shape in self._places]
-        return Slot(offset, flat, arrays, [_read_only(array) for array in arrays])
+        results = [_read_only(array) for array in arrays] if isinstance(whole, np.ndarray) else arrays
+        return Slot(offset, whole, flat, arrays, results)
 
 
 def _read_only(array: NDArray[Any]) -> Array:
@@ -89,30 +86,21 @@ def _read_only(array: NDArray[Any]) -> Array:
     return view
 
 
-class Pool:
-    """Slots of one form, in a segment that other ranks of this host can map.
-
-    Attributes
-    ----------
-    segment : Segment
-        Where they are.
-    """
+class Slots:
+    """Slots of one form, which are taken, given back, and used again."""
 
     def __init__(self, form: Form) -> None:
-        self.segment = Segment()
-        self._form = form
+        self.form = form
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._result: Slot | None = None
 
-    @cached_property
-    def own(self) -> Slot:
-        """One that nobody else sees, for results."""
-        return self._form.new()
-
     def take(self) -> Slot:
         """Return a slot that nobody uses."""
-        return self._free.pop() if self._free else self._new()
+        if self._free:
+            return self._free.pop()
+        self._slots.append(self._made(len(self._slots) * max(self.form.nbytes, ALIGN_BYTES)))
+        return self._slots[-1]
 
     def give(self, slots: Iterable[Slot]) -> None:
         """Take slots back."""
@@ -129,9 +117,28 @@ class Pool:
             self._result = self.take()
         return self._result
 
-    def _new(self) -> Slot:
-        nbytes = max(self._form.nbytes, ALIGN_BYTES)
-        offset = len(self._slots) * nbytes
-        self.segment.grow(offset + nbytes)
-        self._slots.append(self._form.slot(self.segment.bytes, offset))
-        return self._slots[-1]
+    @cached_property
+    def own(self) -> Slot:
+        """One that nobody else sees, for results."""
+        return self.form.new()
+
+    def _made(self, offset: int) -> Slot:
+        raise NotImplementedError
+
+
+class Pool(Slots):
+    """Slots in a segment that other ranks of this host can map.
+
+    Attributes
+    ----------
+    segment : Segment
+        Where they are.
+    """
+
+    def __init__(self, form: Form) -> None:
+        super().__init__(form)
+        self.segment = Segment()
+
+    def _made(self, offset: int) -> Slot:
+        self.segment.grow(offset + max(self.form.nbytes, ALIGN_BYTES))
+        return self.form.slot(self.segment.bytes, offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -12,23 +12,26 @@ from ..comm.segments import Bytes, Segment
 from ..errors import ArrayError
 from ..partition import block
 from .adding import add_up
-from .form import ALIGN_BYTES, Form, Pool, Slot
+from .form import ALIGN_BYTES, Form, Pool, Slot, Slots
 from .order import There, whole_tree
 
 HEAD = 5  # numbers that a rank tells of itself, before those of its slots
 
+S_contra = TypeVar("S_contra", bound=Slots, contravariant=True)
 
-class Transport(Protocol):
+
+class Transport(Protocol[S_contra]):
     """Adds up what all ranks have. Collective.
 
-    `mine` are this rank's partial sums, `there` the subtrees whose sums each rank has. A result is valid until the next sum.
+    `mine` are this rank's partial sums, in some of the slots of `pool`; `there` are the subtrees whose sums each rank has. A
+    result is valid until the next sum.
     """
 
-    def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
+    def small(self, form: Form, pool: S_contra, mine: Sequence[Slot], there: There) -> Slot:
         """Every rank adds up all. `mine` has to stay as it is until the sum after this one has been done."""
         ...
 
-    def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
+    def large(self, form: Form, pool: S_contra, mine: Sequence[Slot], there: There) -> Slot:
         """Every rank adds up a part. Afterwards nobody reads `mine` any more."""
         ...
 

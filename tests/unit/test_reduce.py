@@ -62,11 +62,21 @@ class FakeRanks:
     def __init__(self, world, rank):
         self.world, self.rank, self.size = world, rank, world.size
         self.watch = Watch(self._check)
+        self.kept = {}
         self.board = Board(self, [Member(id=r, pid=os.getpid(), host=f"host{r % world.hosts}") for r in range(self.size)])
 
     def _check(self):
         if self.world.barrier.broken:
             raise threading.BrokenBarrierError
+
+    def keep(self, name, make):
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    def library_sum(self, array):
+        parts = self._meet(array.copy())
+        array[...] = sum(parts[1:], parts[0])
 
     def _meet(self, mine):
         self.world.board[self.rank] = mine
@@ -335,7 +345,7 @@ def test_buffers_are_used_again(small, monkeypatch):
                     total.add(leaf, mixed(step, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
                 total.drop()
             use(total, step, 8, set(), mixed)
-            lengths.append(len(total._pool._slots))
+            lengths.append(len(total._parts[0]._slots._slots))
         return lengths
 
     for size in (1, 2, 4):
