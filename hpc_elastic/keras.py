@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import gpu
+from .arrays.host import GPU, flatten
 from .errors import ConfigError
 
 
@@ -80,6 +82,23 @@ class State:
             raise ConfigError(f"received {len(state)} variables, but this model and optimizer have {len(self._variables)}")
         for index, variable in enumerate(self._variables):
             variable.assign(state[str(index)])
+
+
+def tensors(values: Any) -> Any:
+    """Return `values`, nested as ``step.reduce()`` gives them, with TensorFlow's tensors for what is on a GPU.
+
+    Nothing is copied: a tensor is valid as long as the array. NumPy arrays stay as they are, which TensorFlow takes as well.
+    """
+    arrays, structure = flatten(values)
+    places = structure.places()
+    if GPU in places:
+        import tensorflow as tf
+
+        arrays = [
+            tf.experimental.dlpack.from_dlpack(gpu.lend(array)) if place == GPU else array
+            for place, array in zip(places, arrays, strict=True)
+        ]
+    return structure.build(iter(arrays))
 
 
 def weights_sha256(weights: Sequence[Any]) -> str:

@@ -124,8 +124,12 @@ class Sum:
         if self._key is None and there[ranks.rank]:
             raise StepError("step.reduce without any step.add")
         self._agree(ranks, there)
-        for part in self._parts:
-            part.exchange(ranks, there, large=ranks.size > 1 and (not self._exact or part.form.nbytes > SMALL_BYTES))
+        try:
+            for part in self._parts:
+                part.exchange(ranks, there, large=ranks.size > 1 and (not self._exact or part.form.nbytes > SMALL_BYTES))
+        except BaseException:
+            self.drop()  # what the parts after that one still have
+            raise
         self._added = False
 
     def _by_host(self, ranks: Ranks) -> Transport[Pool]:

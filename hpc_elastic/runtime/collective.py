@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from ..arrays import gpu
 from ..arrays.host import Array, dtype_named, name_of, numbers
 from ..comm.segments import Bytes
 from ..errors import ArrayError, JobError
@@ -29,11 +30,12 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
     shape: tuple[int, ...]
     dtype: str
+    far: bool = False  # on a GPU
 
     @classmethod
     def of(cls, value: Array) -> bytes:
         """Return that of `value`, for `told`."""
-        return msgspec.msgpack.encode(cls(value.shape, name_of(value.dtype)))
+        return msgspec.msgpack.encode(cls(value.shape, name_of(value.dtype), _far(value)))
 
     @classmethod
     def told(cls, data: bytes) -> Head:
@@ -65,7 +67,7 @@ class Collective:
     def allreduce(self, array: Any, out: Array | None = None, *, exact: bool = True) -> Array:
         """See the function `allreduce`."""
         world, value = self._joined(), numbers(array)
-        if out is not None and (out.shape != value.shape or out.dtype != value.dtype):
+        if out is not None and (out.shape, out.dtype, _far(out)) != (value.shape, value.dtype, _far(value)):
             raise ArrayError(f"allreduce of {_text(value)}: out is {_text(out)}, and must be alike")
         if not (exact and world.board.whole) and not world.same(zlib.crc32(f"{_text(value)} {exact}".encode())):
             raise ArrayError("the ranks did not give arrays alike: shapes and dtypes must be the same on all of them")
@@ -82,7 +84,7 @@ class Collective:
         """Return the sum for arrays like `value`, the same one on all ranks."""
         if self._world is not world:
             self._world, self._sums = world, {}
-        key = value.shape, value.dtype, exact
+        key = value.shape, value.dtype, type(value), exact
         total = self._sums.pop(key, None) or Sum(world.size, self._joined, exact=exact)
         self._sums[key] = total
         if len(self._sums) > SUMS:
@@ -95,13 +97,15 @@ class Collective:
         if not 0 <= root < world.size:
             raise ArrayError(f"broadcast from rank {root}: there are ranks 0 to {world.size - 1}")
         if world.rank == root:
-            value = np.ascontiguousarray(numbers(array)).reshape(np.shape(array))
+            value = numbers(array)
+            near = _near(value)
             world.tell(Head.of(value), root)
-        else:
-            head = Head.told(world.tell(None, root))
-            value = head.array(np.empty(head.nbytes, np.uint8))
+            world.fill(near, root)
+            return value if _far(value) else near
+        head = Head.told(world.tell(None, root))
+        value = head.array(np.empty(head.nbytes, np.uint8))
         world.fill(value, root)
-        return value
+        return gpu.to_device(value) if head.far else value
 
     def allgather(self, array: Any) -> list[Array]:
         """See the function `allgather`."""
@@ -109,12 +113,23 @@ class Collective:
         heads = [Head.told(data) for data in world.gather_all(Head.of(value))]
         counts = [head.nbytes for head in heads]
         whole = np.empty(sum(counts), np.uint8)
-        world.all_parts(np.ascontiguousarray(value).reshape(-1).view(np.uint8), whole, counts)
-        return [head.array(whole[end - head.nbytes : end]) for head, end in zip(heads, accumulate(counts), strict=True)]
+        world.all_parts(_near(value).reshape(-1).view(np.uint8), whole, counts)
+        parts = [head.array(whole[end - head.nbytes : end]) for head, end in zip(heads, accumulate(counts), strict=True)]
+        return [gpu.to_device(part) for part in parts] if _far(value) else parts
+
+
+def _far(value: Array) -> bool:
+    """Tell whether `value` is on a GPU."""
+    return not isinstance(value, np.ndarray)
+
+
+def _near(value: Array) -> Array:
+    """Return `value` on the host, contiguous."""
+    return gpu.to_host(value) if _far(value) else np.ascontiguousarray(value).reshape(value.shape)
 
 
 def _text(value: Array) -> str:
-    return f"{name_of(value.dtype)} {value.shape}"
+    return f"{name_of(value.dtype)} {value.shape}" + " on a GPU" * _far(value)
 
 
 # --- for the job of this process --------------------------------------------------------------------------------------
@@ -140,16 +155,16 @@ def allreduce(array: Any, out: Array | None = None, *, exact: bool = True) -> Ar
     Parameters
     ----------
     array : array_like, bool, integer, float or bfloat16
-        Of the same shape and dtype on every rank.
-    out : numpy.ndarray, optional
+        Of the same shape and dtype on every rank; NumPy's, or CuPy's (on all ranks then).
+    out : numpy.ndarray or cupy.ndarray, optional
         Where the sum goes; it may be `array` itself. Otherwise a new array is made.
     exact : bool
-        False takes MPI's own sum, of which the last bits depend on the library and on where the ranks are.
+        False takes MPI's own sum, or NCCL's, of which the last bits depend on the library and on where the ranks are.
 
     Returns
     -------
-    numpy.ndarray
-        The sum, of the same shape and dtype.
+    numpy.ndarray or cupy.ndarray
+        The sum, of the same shape and dtype, where `array` is.
 
     Raises
     ------
@@ -167,7 +182,7 @@ def broadcast(array: Any = None, root: int = 0) -> Array:
     Parameters
     ----------
     array : array_like
-        Used on rank `root` alone; of any shape and any dtype of numbers.
+        Used on rank `root` alone; of any shape and any dtype of numbers. If it is on a GPU, so is what each rank gets.
     root : int
         The rank whose array is meant.
 
@@ -187,7 +202,8 @@ def allgather(array: Any) -> list[Array]:
     Parameters
     ----------
     array : array_like
-        Of any shape and any dtype of numbers; these may differ from rank to rank.
+        Of any shape and any dtype of numbers; these may differ from rank to rank. If it is on a GPU, so is all that this
+        rank gets.
 
     Raises
     ------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ..arrays import gpu
 from ..errors import ArrayError, ConfigError, Retired
 from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
@@ -95,6 +96,19 @@ class Job:
     def comm(self) -> MPI.Intracomm:
         """The communicator for the user's own messages. A resize replaces it: take it anew at every turn of the loop."""
         return self.membership.joined().user
+
+    def gpu(self) -> int:
+        """Make a GPU this rank's, for CuPy, and return its number among those that are visible to this process.
+
+        It is the one of the rank's slot: number of the slot modulo number of GPUs. To be called before arrays are made, in
+        newcomers too: it needs no other rank.
+
+        Raises
+        ------
+        ConfigError
+            If no GPU is visible, or CuPy is not installed.
+        """
+        return gpu.use(max(0, self.member.slot))
 
     # --- what newcomers receive ---------------------------------------------------------------------------------------
 

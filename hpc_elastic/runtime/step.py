@@ -146,7 +146,8 @@ class Step:
         ----------
         values : array, or nested lists, tuples and dicts of arrays
             Mean over the microbatch, as a gradient of a mean loss is; the same structure, shapes and dtypes every time.
-            Arrays of integers are summed instead, since they have no mean of their dtype.
+            Arrays of integers are summed instead, since they have no mean of their dtype. They are on the host or on this
+            rank's GPU: CuPy's, or others that DLPack hands over, as TensorFlow's.
         **metrics : float
             Means over the microbatch, such as ``loss=…``; `metrics` has their means over the batch.
 
@@ -170,7 +171,7 @@ class Step:
         -------
         values
             Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
-            since ranks of one host read the same memory.
+            since ranks of one host read the same memory. What was added from a GPU comes as CuPy arrays.
         """
         if self._reduced:
             raise StepError("step.reduce was called twice")

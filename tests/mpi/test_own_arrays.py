@@ -13,6 +13,8 @@ from hpc_elastic.model import Member
 from hpc_elastic.reduce import SMALL_BYTES
 from hpc_elastic.runtime.collective import SUMS, Collective
 
+from ..unit import fake_cupy
+
 DTYPES = ["f4", "f8", "f2", bfloat16, "i1", "i4", "i8", "u2", "?"]
 LENGTHS = [0, 1, 1000, SMALL_BYTES]
 
@@ -123,6 +125,43 @@ def test_broadcast_and_allgather(dtype, collective, world):
     parts = collective.allgather(values(world.rank, (world.rank, 2), dtype))
     assert [part.shape for part in parts] == [(rank, 2) for rank in range(world.size)]
     assert all(part.tobytes() == values(rank, (rank, 2), dtype).tobytes() for rank, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "i8", "?"], ids=str)
+def test_arrays_on_a_gpu(dtype, collective, world, monkeypatch):
+    """All ranks on one, a fake: so they go through the memory of the host."""
+    cupy = fake_cupy.install(monkeypatch, with_nccl=True)
+    for length in LENGTHS:
+        near = values(world.rank, length, dtype)
+        far = cupy.asarray(near)
+        found = collective.allreduce(far)
+        assert isinstance(found, cupy.ndarray)
+        assert found.get().tobytes() == collective.allreduce(near).tobytes()
+        assert collective.allreduce(far, far) is far
+        assert far.get().tobytes() == found.get().tobytes()
+    if dtype != "?":
+        np.testing.assert_allclose(collective.allreduce(far, exact=False).get(), collective.allreduce(near) * world.size)
+    for root in range(world.size):
+        found = collective.broadcast(cupy.asarray(values(root, (3, 2), dtype)) if world.rank == root else None, root)
+        assert isinstance(found, cupy.ndarray)
+        assert found.get().tobytes() == values(root, (3, 2), dtype).tobytes()
+    mine = values(world.rank, (world.rank, 2), dtype)
+    parts = collective.allgather(cupy.asarray(mine) if world.rank else mine)
+    assert {type(part) for part in parts} == {cupy.ndarray if world.rank else np.ndarray}
+    for rank, part in enumerate(parts):
+        assert (part.get() if world.rank else part).tobytes() == values(rank, (rank, 2), dtype).tobytes()
+
+
+def test_arrays_in_different_places(collective, world, monkeypatch):
+    cupy = fake_cupy.install(monkeypatch)
+    far = cupy.asarray(np.ones(3))
+    with pytest.raises(ArrayError, match="must be alike"):
+        collective.allreduce(far, np.ones(3))
+    if world.size > 1:
+        for exact in (True, False):
+            with pytest.raises(ArrayError, match="did not give arrays alike"):
+                collective.allreduce(far if world.rank else np.ones(3), exact=exact)
+    assert collective.allreduce(far).get().tolist() == [world.size] * 3
 
 
 def test_what_is_refused(collective, world):

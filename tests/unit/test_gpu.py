@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import subprocess
 import sys
 
@@ -165,3 +166,19 @@ def test_where_memory_can_not_be_pinned_all_goes_on(monkeypatch):
     monkeypatch.setattr(fake_cupy.runtime, "hostRegister", refuse)
     gpu.pin(np.empty(gpu.PINNED_BYTES, np.uint8))
     assert not gpu._pinned
+
+
+@pytest.mark.tensorflow
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only")
+def test_results_become_tensors_without_a_copy(cupy):
+    import tensorflow as tf
+
+    from hpc_elastic import keras
+
+    far, near = np.add(cupy.asarray(np.ones(3)), cupy.asarray(np.ones(3))), np.ones(2)
+    tensors = keras.tensors({"far": far, "near": [near]})
+    assert tensors["near"] == [near]
+    assert isinstance(tensors["far"], tf.Tensor)
+    assert tensors["far"].numpy().tolist() == [2, 2, 2]
+    assert np.shares_memory(np.from_dlpack(tensors["far"]), far._values)
+    assert keras.tensors([near])[0] is near
