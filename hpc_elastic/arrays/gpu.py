@@ -92,7 +92,7 @@ def adopted(value: Any) -> Array | None:
         )
     if isinstance(value, cupy.ndarray):
         return value
-    cupy.cuda.Device().synchronize()  # TensorFlow says nothing of its streams, and takes none
+    settle()  # TensorFlow says nothing of its streams, and takes none
     return cupy.from_dlpack(_Lent(value))
 
 
@@ -150,6 +150,11 @@ def put(source: NDArray[Any], target: Array) -> None:
 def wait() -> None:
     """Return when all work on the current stream has been done."""
     library().cuda.get_current_stream().synchronize()
+
+
+def settle() -> None:
+    """Return when all work on the current GPU has been done, of whatever library in this process."""
+    library().cuda.Device().synchronize()
 
 
 def finished() -> Callable[[], bool]:

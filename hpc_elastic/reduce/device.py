@@ -110,6 +110,7 @@ class Staged:
 
     def _back(self, pool: GpuSlots, total: Slot) -> Slot:
         gpu.pin(total.memory)
+        gpu.settle()  # who borrowed the last result may still read it, on a stream of its own
         gpu.put(total.memory, pool.own.memory)
         gpu.wait()  # others may write there as soon as they meet again
         return pool.own
@@ -129,6 +130,7 @@ class _ByNccl:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Wait for the stream as for a message: whoever waits in vain for a lost rank goes on without it."""
+        gpu.settle()  # who borrowed the last result may still read it, on a stream of its own
         try:
             with self._ranks.watch.blame(nccl.error()):
                 yield

@@ -10,7 +10,7 @@ import pytest
 from hpc_elastic.comm.collectives import LARGE_BYTES
 from hpc_elastic.comm.user import UserComm
 from hpc_elastic.comm.waiting import LeftOut, Watch
-from hpc_elastic.comm.world import vendor
+from hpc_elastic.comm.world import World, vendor
 from hpc_elastic.model import Generation, Move
 from hpc_elastic.partition import block
 from hpc_elastic.redistribute import DistributedArray
@@ -122,6 +122,25 @@ def test_users_calls_are_marked(world):
     comm.Free()
 
 
+class Kept:
+    """What belongs to a generation."""
+
+    def __init__(self):
+        self.closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+def test_what_is_kept_ends_with_its_generation(world):
+    own = World(world.comm.Dup(), world.generation, world.watch)
+    kept = own.keep("it", Kept)
+    assert own.keep("it", Kept) is kept
+    assert own.keep("other", Kept) is not kept
+    own.close()
+    assert kept.closed == 1
+
+
 def test_survivors_come_together(world):
     """Without the last rank, which takes no part in it."""
     if world.size == 1 or vendor().shrinks:
@@ -129,7 +148,9 @@ def test_survivors_come_together(world):
     survivors = list(range(world.size - 1))
     if world.rank in survivors:
         members = world.generation.members[:-1]
+        kept = world.keep("it", Kept)
         rebuilt = world.rebuild(survivors, Generation(5, members), 3)
+        assert kept.closed == 1
         assert (rebuilt.rank, rebuilt.size) == (world.rank, len(survivors))
         assert rebuilt.gather_all(bytes([rebuilt.rank])) == [bytes([rank]) for rank in survivors]
         rebuilt.close()
