@@ -41,7 +41,7 @@ def choose(found: Sequence[Found]) -> Choice:
         return Choice(nccl=False, reason=f"rank {without[0]} has no GPU")
     lacking = [rank for rank, one in enumerate(found) if not one.nccl]
     if lacking:
-        return Choice(nccl=False, reason=f"rank {lacking[0]} has no NCCL of version 2.7 or newer")
+        return Choice(nccl=False, reason=f"rank {lacking[0]} has no NCCL of version 2.9 or newer")
     if len({one.nccl for one in found}) > 1:
         rank = next(rank for rank, one in enumerate(found) if one.nccl != found[0].nccl)
         return Choice(nccl=False, reason=f"ranks 0 and {rank} have different versions of NCCL")
