@@ -225,11 +225,29 @@ def test_what_is_staged_is_one_copy_for_each_partial_sum(monkeypatch):
     def body(ranks):
         total = reduce.Sum(8, lambda: ranks)
         use(total, 0, 8, set(), lambda *which: on_gpu(mixed(*which)))
+        assert not fake_cupy.get_current_stream()._todo, "the host's memory is others' again, and nothing reads it any more"
 
     FakeWorld(2).run(body)
     kinds = [kind for kind, _ in fake_cupy.LOG]
     assert kinds.count("fetch") == kinds.count("put") == 2
     assert kinds.index("fetch") < kinds.index("wait") < kinds.index("put")
+
+
+def test_what_others_may_still_read_is_left_alone(monkeypatch):
+    """After a small sum: who is slow reads it until the next one has been done."""
+    fake_cupy.install(monkeypatch, devices=2)
+
+    def body(ranks):
+        gpu.use(ranks.rank)
+        total, before = reduce.Sum(2, lambda: ranks), None
+        for _ in range(4):
+            total.add(ranks.rank, on_gpu(np.ones(3)), {}, 1.0)
+            total.exchange(set())
+            (held,) = total._parts[1]._transport._held
+            assert held.offset != before
+            before = held.offset
+
+    FakeWorld(2).run(body)
 
 
 # --- the line ---------------------------------------------------------------------------------------------------------
