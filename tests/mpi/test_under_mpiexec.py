@@ -22,7 +22,7 @@ def test_on_ranks(n, tmp_path):
         "--rootdir",
         str(Path(__file__).parent.parent.parent),
     ]
-    command += ["--basetemp", str(tmp_path / "base"), str(Path(__file__).parent / "test_world.py")]
+    command += ["--basetemp", str(tmp_path / "base"), str(Path(__file__).parent)]
     with Job(command, folder=tmp_path, limit_s=120, environ={UNDER_MPIEXEC: "1"}) as job:
         done = job.wait()
     assert done.code == 0, done.out + done.err
