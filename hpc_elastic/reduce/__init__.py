@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,8 +67,9 @@ class Sum:
 
     def _combine(self, left: Slot, right: Slot) -> Slot:
         for dtype, values in left.flat.items():
-            np.add(values, right.flat[dtype], out=values)
-        self._slots.give([right])
+            if len(values):
+                np.add(values, right.flat[dtype], out=values)
+        self._slots.give((right,))
         return left
 
     @property
@@ -91,11 +93,13 @@ class Sum:
                 "nesting, keys and their order, shapes and dtypes must stay the same"
             )
         slot = self._slots.take()
-        for array, target in zip((*arrays, np.array(list(metrics.values()))), slot.arrays, strict=True):
+        for array, target in zip(arrays, slot.arrays, strict=False):  # the metrics come behind the arrays
             if is_float(array.dtype):
                 np.multiply(array, array.dtype.type(weight), out=target)
             else:
                 np.copyto(target, array)
+        if metrics:
+            np.multiply(list(metrics.values()), weight, out=slot.arrays[-1])
         if self._tree is None:
             self._tree = TreeSum(self._combine, self.interval[0])
         self._tree.feed(Node(0, index), slot)
@@ -107,7 +111,7 @@ class Sum:
             self._pool.recall(self._held)
         self._tree, self._added = None, False
 
-    def exchange(self, empty: set[int]) -> None:
+    def exchange(self, empty: AbstractSet[int]) -> None:
         """Add up over all ranks; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
         there = shares(self._leaves, ranks.size, frozenset(empty))
@@ -139,7 +143,7 @@ class Sum:
         board = ranks.board
         return OneHost(board) if len(board.hosts) == 1 else Network(board, ranks)
 
-    def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
+    def reduce(self, empty: AbstractSet[int]) -> tuple[Any, dict[str, float]]:
         """Return the result of an `exchange`. Collective."""
         self.exchange(empty)
         return self.result()
@@ -149,7 +153,8 @@ class Sum:
         form, total = self._form, self._total
         assert form is not None
         assert total is not None
-        return form.structure.build(iter(total.results)), dict(zip(form.metrics, total.results[-1].tolist(), strict=True))
+        metrics = dict(zip(form.metrics, total.results[-1].tolist(), strict=True)) if form.metrics else {}
+        return form.structure.build(iter(total.results)), metrics
 
     def _agreed(self, ranks: Ranks, there: There) -> Form:
         """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
