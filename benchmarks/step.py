@@ -6,14 +6,14 @@ Softmax regression of random pictures, on ranks that are started together; `hand
 loops run in the same processes, in turns of a quarter of a second or so, each on its own weights. Times are those of the
 slowest rank.
 
-`ratio_vs_handwritten` is the time of a step of `job.steps` over that of a step by hand. Both read as many samples a rank, and
-each computes as it would: by hand, one gradient of the rank's whole share; in `job.steps`, one of each microbatch. There are
-as many microbatches as ranks, so that the computation is the same, or 16, the default, whose bits are the same at up to 16
+`ratio_vs_handwritten` is the time of a step of `job.steps` over that of a step by hand. Both read as many samples a rank,
+and each computes as it would: by hand, one gradient of the rank's whole share; in `job.steps`, one of each microbatch. There
+are as many microbatches as ranks, so that the computation is the same, or 16, the default, whose bits are the same at up to 16
 ranks. That means more gradients, and additions of them, which nobody does by hand; so no goal is set.
 
 `overhead_us` is the time of a step of `job.steps` less that of a third loop, in which each rank computes the same
-microbatches, with the same batch and update, and nothing is added up: no sum, no other rank, no runtime. So all is in it: the
-order of the samples, the resize point, the vigil, the sum, and what ranks wait for each other. Steps are short there, 64
+microbatches, with the same batch and update, and nothing is added up: no sum, no other rank, no runtime. So all is in it:
+the order of the samples, the resize point, the vigil, the sum, and what ranks wait for each other. Steps are short there, 64
 samples, so that it is not the difference of two large numbers.
 
 `memory_gb_s` is the rate of ``np.add(a, b, out=c)``, which all ranks do at once on 25 MB each: what sums could be had for.

@@ -122,7 +122,7 @@ def steps_per_epoch(samples: int, batch: int) -> int:
 
 @lru_cache(maxsize=8)  # batches are of one size, but for the last of an epoch
 def microbatches(size: int, n: int) -> tuple[tuple[int, int], ...]:
-    """Return the `n` microbatches [start, stop) of `size` samples: as even as can be, some of them empty if there are few."""
+    """Return the `n` microbatches [start, stop) of `size` samples: as even as can be, some empty if there are few."""
     return tuple((size * i // n, size * (i + 1) // n) for i in range(n))
 
 
