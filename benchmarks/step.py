@@ -8,8 +8,8 @@ slowest rank.
 
 `ratio_vs_handwritten` is the time of a step of `job.steps` over that of a step by hand. Both read as many samples a rank,
 and each computes as it would: by hand, one gradient of the rank's whole share; in `job.steps`, one of each microbatch. There
-are as many microbatches as ranks, so that the computation is the same, or 16, the default, whose bits are the same at up to 16
-ranks. That means more gradients, and additions of them, which nobody does by hand; so no goal is set.
+are as many microbatches as ranks, so that the computation is the same, or 16, the default, whose bits are the same at up to
+16 ranks. That means more gradients, and additions of them, which nobody does by hand; so no goal is set.
 
 `overhead_us` is the time of a step of `job.steps` less that of a third loop, in which each rank computes the same
 microbatches, with the same batch and update, and nothing is added up: no sum, no other rank, no runtime. So all is in it:
