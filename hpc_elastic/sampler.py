@@ -84,11 +84,15 @@ def _permutation(n: int, seed: int, epoch: int, purpose: int, number: int) -> ND
 
 def stable_order(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the indices that sort `keys`, those of equal ones in their order."""
-    order = np.argsort(keys)  # three times as fast as the stable sort, and the same where no key comes twice
-    ranked = keys[order]
-    if (ranked[1:] == ranked[:-1]).any():
-        order = np.argsort(keys, kind="stable")
-    return order.astype(np.int64, copy=False)
+    # Numbers are sorted eight times as fast as indices are. So each key's index takes the place of its low bits; that is the
+    # same order unless two keys have the same high bits, which of a million random ones happens once in 30 times.
+    low = np.uint64(max(1, (len(keys) - 1).bit_length()))
+    mixed = keys >> low << low | np.arange(len(keys), dtype=np.uint64)
+    mixed.sort()
+    high = mixed >> low
+    if (high[1:] == high[:-1]).any():
+        return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+    return (mixed & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
 
 
 def _chunks(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
