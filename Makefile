@@ -69,6 +69,9 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.losses --json
 	$(BIN)/python -m benchmarks.checkpoints --json
 	$(BIN)/python -m benchmarks.checkpoints --machinery --json
+	$(BIN)/python -m benchmarks.allreduce --json
+	$(BIN)/python -m benchmarks.step --json
+	$(BIN)/python -m benchmarks.growth --json
 
 bench-slurm: setup slurm-packages  ## the benchmark of the broker, on a Slurm cluster of this machine (root)
 	$(BIN)/python -m benchmarks.slurm --json

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_elastic.comm.vendor import find_mpiexec
+from hpc_elastic.comm.vendor import find_mpiexec, prepare
 from hpc_elastic.errors import LaunchError
 
 from .record import Record, cannot, record, show
@@ -49,6 +49,7 @@ def seconds(command: Sequence[str], file: Path, environ: dict[str, str]) -> dict
     """Run the job, and return what it measured."""
     own = {**os.environ, **environ, "OMP_NUM_THREADS": "1", "HPC_ELASTIC_PROGRESS": "off"}
     own["HPC_ELASTIC_RUN_DIR"] = str(file.with_name("run"))
+    prepare(own)
     with subprocess.Popen(command, env=own, cwd=file.parent, stdout=sys.stderr) as process:
         try:
             code = process.wait(LIMIT_S)

@@ -99,6 +99,11 @@ class Running:
         """The run directory."""
         return self._path
 
+    @property
+    def stamps(self) -> Path:
+        """The folder for what its ranks write."""
+        return self._stamps
+
     # --- what it shows ------------------------------------------------------------------------------------------------
 
     def rows(self) -> dict[str, np.ndarray]:

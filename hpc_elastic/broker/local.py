@@ -17,7 +17,7 @@ from .slots import Slots
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SUPPLY_EVERY_S = 0.005  # worked out at most so often, since it is asked for at every step
+SUPPLY_EVERY_S = 0.02  # worked out at most so often, since it is asked for at every step
 MEMORY_EVERY_S = 1.0
 RESERVE = 0.1  # part of the free memory that is left alone
 

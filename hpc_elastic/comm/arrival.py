@@ -40,6 +40,7 @@ from .waiting import forsake, send
 LOOK_S = 0.25
 LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
+AT_ONCE = 4  # calls of MPI_Comm_spawn: of 16 at a time one newcomer did not come out of MPI_Init, and the leader crashed
 STANDING_IN_S = 1.0  # how long somebody may take to stand in for a newcomer that is gone
 
 
@@ -188,7 +189,7 @@ class Arrivals:
 
     def _bring(self) -> None:
         fresh = [arrival for arrival in self.all if arrival.line is None]
-        lots = [[arrival] for arrival in fresh] if self._bridge.at_once else [fresh]
+        lots = [lot for first in range(AT_ONCE) if (lot := fresh[first::AT_ONCE])] if self._bridge.at_once else [fresh]
         threads = [threading.Thread(target=self._connect, args=(lot,), daemon=True) for lot in lots]
         for thread in threads:
             thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..comm.waiting import Watch
     from ..comm.world import Belonging
 
+NO_METRICS = np.empty(0)
 SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
 
@@ -84,7 +86,7 @@ class Sum:
                 f"({len(forms)} arrays, metrics {list(names)}): "
                 "nesting, keys and their order, shapes and dtypes, and whether on a GPU, must stay the same"
             )
-        arrays.append(np.array(list(metrics.values())))
+        arrays.append(np.array(list(metrics.values())) if metrics else NO_METRICS)
         for part in self._parts:
             part.add(index, arrays, weight)
         self._added = True
@@ -117,7 +119,7 @@ class Sum:
             part.drop(added=self._added)
         self._added = False
 
-    def exchange(self, empty: set[int]) -> None:
+    def exchange(self, empty: AbstractSet[int]) -> None:
         """Add up over all ranks; `empty` leaves had no samples. Collective."""
         ranks = self._ranks()
         there = shares(self._leaves, ranks.size, frozenset(empty))
@@ -143,7 +145,7 @@ class Sum:
 
         return way(ranks, self._by_host(ranks), exact=self._exact)
 
-    def reduce(self, empty: set[int]) -> tuple[Any, dict[str, float]]:
+    def reduce(self, empty: AbstractSet[int]) -> tuple[Any, dict[str, float]]:
         """Return the result of an `exchange`. Collective."""
         self.exchange(empty)
         return self.result()
@@ -156,7 +158,7 @@ class Sum:
         assert self._key is not None
         structure, _, metrics = self._key
         results = self._parts[0].results if len(self._parts) == 1 else _woven(self._parts)
-        return structure.build(iter(results)), dict(zip(metrics, results[-1].tolist(), strict=True))
+        return structure.build(iter(results)), dict(zip(metrics, results[-1].tolist(), strict=True)) if metrics else {}
 
     def _agree(self, ranks: Ranks, there: There) -> None:
         """Know the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""

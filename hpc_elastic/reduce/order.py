@@ -79,7 +79,7 @@ class TreeSum(Generic[T]):
     def __init__(self, combine: Callable[[T, T], T], first: int = 0) -> None:
         self._combine = combine
         self._first = first
-        self._stack: list[tuple[Node, T]] = []
+        self._stack: list[tuple[int, T]] = []  # a leaf of each value's subtree, which is enough to find where two meet
         self._next = first  # the leaf that may come next
 
     def feed(self, node: Node, value: T) -> None:
@@ -94,8 +94,9 @@ class TreeSum(Generic[T]):
         """
         if node.start < self._next:
             raise StepError(f"microbatch {node.start} was added after {self._next - 1}: add them in their order, each once")
-        self._settle(node.start)
-        self._stack.append((node, value))
+        if node.start > self._next:
+            self._settle(node.start)
+        self._stack.append((node.start, value))
         self._settle(node.stop)
 
     def skip(self, node: Node) -> None:
@@ -104,19 +105,21 @@ class TreeSum(Generic[T]):
 
     def _settle(self, start: int) -> None:
         """Combine what can get no further operand, now that no leaf before `start` comes any more."""
-        self._next = start
-        while len(self._stack) > 1:
-            (a, left), (b, right) = self._stack[-2:]
-            meet = _meeting(a, b)
-            if meet.stop > start or meet.start < self._first:
+        self._next, stack = start, self._stack
+        while len(stack) > 1:
+            (a, left), (b, right) = stack[-2], stack[-1]
+            level = (a ^ b).bit_length()  # of the smallest subtree that holds both
+            index = a >> level
+            if (index + 1) << level > start or index << level < self._first:
                 return
-            self._stack[-2:] = [(meet, self._combine(left, right))]
+            stack.pop()
+            stack[-1] = a, self._combine(left, right)
 
     def subtrees(self, wanted: Collection[Node]) -> list[T]:
         """Return the values of the subtrees `wanted`, in order: those that tile all that was fed and have a value."""
         stack, found = self._stack, []
         for node in wanted:
-            self._stack = [(part, value) for part, value in stack if node.start <= part.start < node.stop]
+            self._stack = [(leaf, value) for leaf, value in stack if node.start <= leaf < node.stop]
             self._settle(node.stop)
             ((_, value),) = self._stack
             found.append(value)
@@ -125,21 +128,13 @@ class TreeSum(Generic[T]):
 
     def total(self) -> T:
         """Return the sum of all that was fed: at least one node."""
-        while len(self._stack) > 1:
-            (a, left), (b, right) = self._stack[-2:]
-            self._stack[-2:] = [(_meeting(a, b), self._combine(left, right))]
-        ((_, value),) = self._stack
-        self._stack, self._next = [], self._first
+        stack, self._stack, self._next = self._stack, [], self._first
+        while len(stack) > 1:
+            _, right = stack.pop()
+            leaf, left = stack[-1]
+            stack[-1] = leaf, self._combine(left, right)
+        ((_, value),) = stack
         return value
-
-
-def _meeting(a: Node, b: Node) -> Node:
-    """Return the smallest subtree that holds both."""
-    level = max(a.level, b.level)
-    left, right = a.index >> (level - a.level), b.index >> (level - b.level)
-    while left != right:
-        left, right, level = left >> 1, right >> 1, level + 1
-    return Node(level, left)
 
 
 def pairs(nodes: Iterable[Node]) -> Tree:

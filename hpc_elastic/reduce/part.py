@@ -66,8 +66,9 @@ class Part:
 
     def _combine(self, left: Slot, right: Slot) -> Slot:
         for dtype, values in left.flat.items():
-            np.add(values, right.flat[dtype], out=values)
-        self._slots.give([right])
+            if len(values):
+                np.add(values, right.flat[dtype], out=values)
+        self._slots.give((right,))
         return left
 
     def drop(self, *, added: bool) -> None:

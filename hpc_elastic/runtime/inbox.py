@@ -71,8 +71,8 @@ class Inbox:
 
     def leaving(self) -> Resize | None:
         """Return the resize by which those go that were told to by a signal; if all were told, the job stops."""
-        members, now = self._leader.world.generation.members, self._leader.session.clock()
-        told = [rank for rank, member in enumerate(members) if member.id in self._leader.office.told]
+        members, now, ids = self._leader.world.generation.members, self._leader.session.clock(), self._leader.office.told
+        told = [rank for rank, member in enumerate(members) if member.id in ids] if ids else []
         if not told:
             self._told_since = None
             return None

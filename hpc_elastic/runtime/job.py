@@ -14,7 +14,7 @@ from ..errors import ArrayError, ConfigError, Retired
 from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
 from ..reduce import Sum
-from ..sampler import Order, microbatches
+from ..sampler import Order
 from .collective import Collective
 from .loop import Loop
 from .membership import Membership
@@ -188,11 +188,12 @@ class Job:
             cursor = loop.here.cursor
             start = cursor.position
             size = min(batch, len(data) - start)
-            cuts = microbatches(start, start + size, leaves)
             step = Step(
                 epoch=cursor.epoch,
                 number=cursor.step,
-                cuts=cuts,
+                start=start,
+                size=size,
+                leaves=leaves,
                 order=order,
                 data=data,
                 total=total,

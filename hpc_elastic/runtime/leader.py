@@ -124,8 +124,9 @@ class Leader:
     def poll(self, here: Here) -> Supply:
         """Ask the broker for the supply, and give back what it granted too late."""
         supply = self.broker.poll(here.cursor.step, self.session.seconds(), max(self.office.peak_bytes, 1))
-        if self._under_way is None or not self._under_way.wanted:
-            late = tuple(lease for lease in supply.leases if lease not in self.office.leases)
+        known = self.office.leases
+        if supply.leases != known and (self._under_way is None or not self._under_way.wanted):
+            late = tuple(lease for lease in supply.leases if lease not in known)
             if late:
                 self.broker.release(late)
         return supply

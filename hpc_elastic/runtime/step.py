@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from ..config import Config
 from ..errors import ConfigError, LostRank, StepError
-from ..sampler import steps_per_epoch
+from ..sampler import microbatches, steps_per_epoch, without_samples
 
 if TYPE_CHECKING:
     from ..reduce import Sum
     from ..sampler import Order
 
 Array = NDArray[Any]
+NONE: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Samples(Protocol):
@@ -74,7 +75,9 @@ class Step:
         *,
         epoch: int,
         number: int,
-        cuts: Sequence[tuple[int, int]],
+        start: int,
+        size: int,
+        leaves: int,
         order: Order,
         data: Samples,
         total: Sum,
@@ -83,10 +86,12 @@ class Step:
     ) -> None:
         self.epoch = epoch
         self.number = number
-        self.size = cuts[-1][1] - cuts[0][0]
+        self.size = size
         self.metrics: dict[str, float] = {}
-        self.consumed: NDArray[np.int64] = np.empty(0, np.int64)
-        self._cuts = cuts
+        self.consumed = NONE
+        self._start = start
+        self._cuts = microbatches(size, leaves)
+        self._empty = without_samples(size, leaves)
         self._order = order
         self._data = data
         self._sum = total
@@ -101,7 +106,7 @@ class Step:
     def own(self) -> list[int]:
         """Numbers of this rank's microbatches that have samples."""
         low, high = self._sum.interval
-        return [i for i in range(low, high) if self._cuts[i][1] > self._cuts[i][0]]
+        return [i for i in range(low, high) if i not in self._empty]
 
     def microbatches(self) -> Iterator[Microbatch]:
         """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks.
@@ -117,10 +122,10 @@ class Step:
 
     def _share(self) -> Iterator[Microbatch]:
         own = self.own
-        self.consumed = np.empty(0, np.int64)
+        self.consumed = NONE
         if own:
             first, last = self._cuts[own[0]][0], self._cuts[own[-1]][1]
-            samples = self._order.take(self.epoch, first, last)
+            samples = self._order.take(self.epoch, self._start + first, self._start + last)
             fields = self._data.gather(samples)
             self.consumed = samples
             for index in own:
@@ -136,8 +141,7 @@ class Step:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
             self._ledger(self)
-        empty = {i for i, (start, stop) in enumerate(self._cuts) if start == stop}
-        return self._summed(lambda: self._sum.exchange(empty))
+        return self._summed(lambda: self._sum.exchange(self._empty))
 
     def add(self, values: Any, **metrics: Any) -> None:
         """Contribute what was computed from the microbatch at hand.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 LOOK_S = 0.25
-GLANCE_EVERY_S = 0.005
+GLANCE_EVERY_S = 0.02  # waits look more often, and each step has one
 NO_MEETINGS = -1
 DEPARTED_S = 30.0  # how long connections with those who left may break
 UNKNOWN_S = 10.0  # how long a reason is looked for why a connection has broken

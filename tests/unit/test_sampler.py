@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_elastic.sampler import Order, microbatches, steps_per_epoch
+from hpc_elastic.sampler import Order, microbatches, stable_order, steps_per_epoch, without_samples
 
 orders = st.builds(
     Order,
@@ -150,10 +150,18 @@ def test_steps_cover_the_epoch(samples, batch):
     assert (steps - 1) * batch < samples <= steps * batch
 
 
-@given(st.integers(0, 1000), st.integers(0, 300), st.integers(1, 64))
-def test_microbatches_cover_the_batch(start, length, n):
-    parts = microbatches(start, start + length, n)
+@given(st.integers(0, 300), st.integers(1, 64))
+def test_microbatches_cover_the_batch(size, n):
+    parts = microbatches(size, n)
     assert len(parts) == n
-    assert [sample for part in parts for sample in range(*part)] == list(range(start, start + length))
+    assert [sample for part in parts for sample in range(*part)] == list(range(size))
     sizes = [stop - begin for begin, stop in parts]
     assert max(sizes) - min(sizes) <= 1
+    assert without_samples(size, n) == {number for number, length in enumerate(sizes) if length == 0}
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)) | st.lists(st.integers(0, 5), max_size=100))
+def test_equal_keys_stay_in_their_order(keys):
+    order = stable_order(np.array(keys, np.uint64))
+    assert order.dtype == np.int64
+    assert order.tolist() == sorted(range(len(keys)), key=lambda i: (keys[i], i))
