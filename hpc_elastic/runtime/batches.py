@@ -128,7 +128,9 @@ class Batches:
         found = []
         for index, start, stop in share.cuts:
             cut = slice(start - first, stop - first)
-            found.append(Microbatch(index, samples[cut], self._decoded(share.step, index, {n: f[cut] for n, f in fields.items()})))
+            found.append(
+                Microbatch(index, samples[cut], self._decoded(share.step, index, {n: f[cut] for n, f in fields.items()}))
+            )
         self._took_s = time.perf_counter() - begun
         return found
 
@@ -150,5 +152,7 @@ class Batches:
         n = len(next(iter(fields.values())))
         decoded = self._decode(fields, random_of(self._order.seed, step, index))
         if not isinstance(decoded, Mapping) or any(len(array) != n for array in decoded.values()):
-            raise StepError(f"decode must return a dict of arrays with the {n} samples that it was given, not {type(decoded)}")
+            raise StepError(
+                f"decode must return a dict of arrays with the {n} samples that it was given, not {type(decoded)}"
+            )
         return decoded

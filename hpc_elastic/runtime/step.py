@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Config
 from ..errors import ConfigError, LostRank, StepError
-from ..sampler import steps_per_epoch
+from ..sampler import microbatches, steps_per_epoch
+from .batches import Batches, Microbatch, Share
 
 if TYPE_CHECKING:
     from ..reduce import Sum
-    from ..sampler import Order
-
-Array = NDArray[Any]
 
 
-class Samples(Protocol):
-    """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None."""
+class Batch(NamedTuple):
+    """The positions [start, stop) of an epoch's order, which one step takes; steps are counted over all epochs."""
 
-    chunk_samples: int | None
+    epoch: int
+    step: int
+    start: int
+    stop: int
 
-    def __len__(self) -> int: ...
-
-    def gather(self, samples: NDArray[np.int64]) -> dict[str, Array]: ...
-
-
-class Microbatch:
-    """Some samples of a step; ``micro["image"]`` is a field, ``images, labels = micro`` are the fields in their order.
-
-    Attributes
-    ----------
-    index : int
-        Number of the microbatch in the step.
-    samples : numpy.ndarray, int64 ``[n]``
-        Numbers of the samples in the data set.
-    """
-
-    def __init__(self, index: int, samples: NDArray[np.int64], fields: dict[str, Array]) -> None:
-        self.index = index
-        self.samples = samples
-        self._fields = fields
-
-    def __getitem__(self, name: str) -> Array:
-        return self._fields[name]
-
-    def __iter__(self) -> Iterator[Array]:
-        return iter(self._fields.values())
-
-    def __len__(self) -> int:
-        return len(self.samples)
+    def share(self, interval: tuple[int, int], leaves: int) -> Share:
+        """Return the part in the microbatches [low, high) of `leaves`."""
+        low, high = interval
+        cuts = microbatches(self.start, self.stop, leaves)[low:high]
+        some = tuple((i, start, stop) for i, (start, stop) in enumerate(cuts, low) if stop > start)
+        return Share(self.epoch, self.step, some)
 
 
 class Step:
@@ -72,23 +50,22 @@ class Step:
     def __init__(
         self,
         *,
-        epoch: int,
-        number: int,
-        cuts: Sequence[tuple[int, int]],
-        order: Order,
-        data: Samples,
+        batch: Batch,
+        following: Batch | None,
+        leaves: int,
+        batches: Batches,
         total: Sum,
         summed: Callable[[Callable[[], None]], bool],
         ledger: Callable[[Step], None] | None = None,
     ) -> None:
-        self.epoch = epoch
-        self.number = number
-        self.size = cuts[-1][1] - cuts[0][0]
+        self.epoch = batch.epoch
+        self.number = batch.step
+        self.size = batch.stop - batch.start
         self.metrics: dict[str, float] = {}
         self.consumed: NDArray[np.int64] = np.empty(0, np.int64)
-        self._cuts = cuts
-        self._order = order
-        self._data = data
+        self._batch, self._following = batch, following
+        self._leaves = leaves
+        self._batches = batches
         self._sum = total
         self._summed = summed
         self._ledger = ledger
@@ -100,8 +77,11 @@ class Step:
     @property
     def own(self) -> list[int]:
         """Numbers of this rank's microbatches that have samples."""
-        low, high = self._sum.interval
-        return [i for i in range(low, high) if self._cuts[i][1] > self._cuts[i][0]]
+        return [index for index, *_ in self._share.cuts]
+
+    @property
+    def _share(self) -> Share:
+        return self._batch.share(self._sum.interval, self._leaves)
 
     def microbatches(self) -> Iterator[Microbatch]:
         """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks.
@@ -112,21 +92,16 @@ class Step:
         while not self._whole:
             self._added.clear()
             self._sum.drop()
-            yield from self._share()
+            yield from self._one_by_one()
             self._whole = self._exchange()
 
-    def _share(self) -> Iterator[Microbatch]:
-        own = self.own
-        self.consumed = np.empty(0, np.int64)
-        if own:
-            first, last = self._cuts[own[0]][0], self._cuts[own[-1]][1]
-            samples = self._order.take(self.epoch, first, last)
-            fields = self._data.gather(samples)
-            self.consumed = samples
-            for index in own:
-                cut = slice(self._cuts[index][0] - first, self._cuts[index][1] - first)
-                self._now = Microbatch(index, samples[cut], {name: field[cut] for name, field in fields.items()})
-                yield self._now
+    def _one_by_one(self) -> Iterator[Microbatch]:
+        following = self._following and self._following.share(self._sum.interval, self._leaves)
+        found = self._batches.take(self._share, following)
+        self.consumed = np.concatenate([micro.samples for micro in found]) if found else np.empty(0, np.int64)
+        for micro in found:
+            self._now = micro
+            yield micro
         self._now = None
 
     def _exchange(self) -> bool:
@@ -136,7 +111,8 @@ class Step:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
             self._ledger(self)
-        empty = {i for i, (start, stop) in enumerate(self._cuts) if start == stop}
+        full = {index for index, *_ in self._batch.share((0, self._leaves), self._leaves).cuts}
+        empty = set(range(self._leaves)) - full
         return self._summed(lambda: self._sum.exchange(empty))
 
     def add(self, values: Any, **metrics: Any) -> None:
