@@ -75,6 +75,7 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         chunks = [layout.chunk for file in files for layout in file.layouts.values() if layout.chunk]
         self.chunk_samples = max([*chunks, *([block_samples] if block_samples else [])], default=None)
         self._starts = np.cumsum([0, *(file.samples for file in files)])
+        self._length = int(self._starts[-1])
         self._closed = False
         self._stores: dict[str, Store] = {}
         self._sources: list[list[Source]] = []
@@ -113,7 +114,7 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
             self._sources.append(row)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._length
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -161,7 +162,7 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         numbers = np.asarray(samples, dtype=np.int64)
         if self._closed:
             raise ShardError(f"the shards were closed ({self.files[0].path}, ...): open them again with open_shards")
-        if numbers.size and numbers.view(np.uint64).max() >= self._starts[-1]:  # a negative one is huge
+        if len(numbers) and int(np.maximum.reduce(numbers.view(np.uint64))) >= self._length:  # a negative one is huge
             wrong = numbers[(numbers < 0) | (numbers >= len(self))][0]
             raise ShardError(f"there is no sample {wrong} in this set of {len(self)} ({self.files[0].path}, ...)")
         arrays = {name: _target(name, field, len(numbers), out) for name, field in self.fields.items()}
