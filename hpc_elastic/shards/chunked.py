@@ -65,6 +65,7 @@ class Direct:
         self._filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
         self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
         data.id.chunk_iter(self._note)
+        self._stored = np.empty(self._places[:, 1].max(initial=0), np.uint8)  # filled again for each chunk
         self._descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -90,7 +91,7 @@ class Direct:
             return
         filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1]
         whole = out.reshape(-1)
-        stored = np.empty(nbytes, np.uint8) if filters else whole
+        stored = self._stored[:nbytes] if filters else whole
         try:
             got = os.preadv(self._descriptor, [stored.data], offset)
             codecs.decode(stored if got == nbytes else stored[:got], filters, self._field.dtype.itemsize, whole)

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -33,8 +34,16 @@ class Places(Protocol):
     slots: int
     memory: Bytes
 
-    def find(self, chunks: Numbers, read: Read) -> Numbers:
-        """Return the slots of `chunks`, at most `slots` different ones, of which those not there are read now."""
+    def missing(self, chunks: Numbers) -> Numbers:
+        """Return those of `chunks` that are not there; the others count as used now."""
+        ...
+
+    def fetch(self, chunks: Numbers, read: Read) -> None:
+        """Have `chunks` there, at most `slots` of them and each named once."""
+        ...
+
+    def slots_of(self, chunks: Numbers) -> Numbers:
+        """Return where `chunks` are, which are there."""
         ...
 
     def close(self) -> None: ...
@@ -83,33 +92,29 @@ class Store:
 
     def take(self, part: int, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
         """Copy the samples `wanted` of a part to the rows `places` of `target`."""
-        length = self._parts[part].length
-        chunks = wanted // length
-        within = wanted - chunks * length
+        chunks = wanted // self._parts[part].length
         with self._lock:
-            needed = np.unique(chunks)
-            if len(needed) <= self._places.slots:
-                self._copy(part, needed, chunks, within, target, places)
+            needed = self._places.missing(chunks + self._firsts[part])
+            if len(needed) == 0:
+                self._copy(part, chunks, wanted, target, places)
                 return
-            where = np.arange(len(wanted)) if places is None else places
+            needed = np.unique(chunks)
             for start in range(0, len(needed), self._places.slots):
                 group = needed[start : start + self._places.slots]
-                some = np.isin(chunks, group)
-                self._copy(part, group, chunks[some], within[some], target, where[some])
+                some = np.flatnonzero(np.isin(chunks, group))
+                self._places.fetch(group + self._firsts[part], partial(self._read, part))
+                self._copy(part, chunks[some], wanted[some], target, some if places is None else places[some])
 
-    def _copy(
-        self, part: int, needed: Numbers, chunks: Numbers, within: Numbers, target: Bytes, places: Numbers | None
-    ) -> None:
-        first = int(self._firsts[part])
+    def _read(self, part: int, chunk: int, memory: Bytes) -> None:
         reader = self._parts[part]
+        rows = memory[: reader.length * self._nbytes].reshape(reader.length, self._nbytes)
+        reader.read(chunk - int(self._firsts[part]), rows)
 
-        def read(chunk: int, memory: Bytes) -> None:
-            reader.read(chunk - first, memory[: reader.length * self._nbytes].reshape(reader.length, self._nbytes))
-
-        slots = self._places.find(first + needed, read)
-        memory = self._places.memory[:, : self._length * self._nbytes]
-        rows = memory.reshape(-1, self._nbytes)
-        copy(rows, slots[np.searchsorted(needed, chunks)] * self._length + within, target, places)
+    def _copy(self, part: int, chunks: Numbers, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
+        length = self._parts[part].length
+        rows = self._places.memory[:, : self._length * self._nbytes].reshape(-1, self._nbytes)
+        slots = self._places.slots_of(chunks + self._firsts[part])
+        copy(rows, slots * self._length + (wanted - chunks * length), target, places)
 
 
 class Recent:
@@ -123,19 +128,23 @@ class Recent:
         self._used = np.zeros(slots, np.int64)  # when, in calls
         self._calls = 0
 
-    def find(self, chunks: Numbers, read: Read) -> Numbers:
+    def missing(self, chunks: Numbers) -> Numbers:
         self._calls += 1
         found = self._slot_of[chunks]
         self._used[found[found >= 0]] = self._calls
-        for i in np.flatnonzero(found < 0).tolist():
-            chunk, slot = int(chunks[i]), int(self._used.argmin())
+        return chunks[found < 0]
+
+    def fetch(self, chunks: Numbers, read: Read) -> None:
+        for chunk in self.missing(chunks).tolist():
+            slot = int(self._used.argmin())
             if self._chunk_in[slot] >= 0:
                 self._slot_of[self._chunk_in[slot]] = -1
                 self._chunk_in[slot] = -1
             read(chunk, self.memory[slot])
             self._slot_of[chunk], self._chunk_in[slot], self._used[slot] = slot, chunk, self._calls
-            found[i] = slot
-        return found
+
+    def slots_of(self, chunks: Numbers) -> Numbers:
+        return self._slot_of[chunks]
 
     def close(self) -> None:
         self.slots, self.memory = 1, np.empty((1, 0), np.uint8)
@@ -160,26 +169,28 @@ class Shared:
         self._seen = np.zeros(count, bool)
         self._spare: Bytes = np.empty(nbytes, np.uint8)
 
-    def find(self, chunks: Numbers, read: Read) -> Numbers:
-        missing = self._missing(chunks)
-        # From different places on, so that processes that need the same chunks share the work.
-        begin = os.getpid() % len(missing) if missing else 0
-        for chunk in self._others(missing[begin:] + missing[:begin], read):
-            deadline = time.monotonic() + WAIT_S
-            while self._missing(np.array([chunk])):
-                if time.monotonic() > deadline:
-                    self._read(chunk, read)
-                time.sleep(LOOK_S)
-        return chunks
-
-    def _missing(self, chunks: Numbers) -> list[int]:
+    def missing(self, chunks: Numbers) -> Numbers:
         missing = chunks[~self._seen[chunks]]
         if len(missing):
             # By system calls, which no processor puts into another order: first the chunk, then the byte.
             there = np.frombuffer(os.pread(self._file, self.slots, 0), bool)
             self._seen[missing] = there[missing]
             missing = missing[~there[missing]]
-        return [int(chunk) for chunk in missing]
+        return missing
+
+    def fetch(self, chunks: Numbers, read: Read) -> None:
+        missing = self.missing(chunks).tolist()
+        # From different places on, so that processes that need the same chunks share the work.
+        begin = os.getpid() % len(missing) if missing else 0
+        for chunk in self._others(missing[begin:] + missing[:begin], read):
+            deadline = time.monotonic() + WAIT_S
+            while len(self.missing(np.array([chunk]))):
+                if time.monotonic() > deadline:
+                    self._read(chunk, read)
+                time.sleep(LOOK_S)
+
+    def slots_of(self, chunks: Numbers) -> Numbers:
+        return chunks
 
     def _others(self, missing: Sequence[int], read: Read) -> Iterator[int]:
         """Read those chunks that no other process is reading, then yield the others."""
@@ -191,7 +202,7 @@ class Shared:
                 others.append(chunk)
                 continue
             try:
-                if self._missing(np.array([chunk])):
+                if len(self.missing(np.array([chunk]))):
                     self._read(chunk, read)
             finally:
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, chunk)

@@ -120,17 +120,22 @@ def test_the_next_one_is_there_when_it_is_asked_for(shards, monkeypatch):
     assert threads[1] is not threading.main_thread()
 
 
-@pytest.mark.usefixtures("ahead")
-def test_what_fails_ahead_is_raised_in_its_turn(shards):
+def test_what_fails_ahead_is_raised_in_its_turn(shards, ahead, monkeypatch):
     made = Batches(shards, Order(N, 3))
-    (first, second), *_ = shares((0, 4))
-    made.take(first, second)
-    shards.close()
-    if made._ahead:
-        made._ahead[1].exception(10)
-    for share in (second, first):
-        with pytest.raises(ShardError, match="closed"):
-            made.take(share)
+    (first, second), (_, third), *_ = shares((0, 4))
+    gather = shards.gather
+
+    def fail(_samples, _out=None):
+        raise ShardError("damaged")
+
+    made.take(first)
+    monkeypatch.setattr(shards, "gather", fail)
+    if ahead:
+        made._ahead = second, made._threads.submit(made._make, second)
+    with pytest.raises(ShardError, match="damaged"):
+        made.take(second, third)
+    monkeypatch.setattr(shards, "gather", gather)
+    check(Order(N, 3), second, made.take(second, third))
     made.close()
 
 

@@ -128,7 +128,9 @@ def test_recent_chunks(chunks, slots):
 
     for wanted in chunks:
         reads.clear()
-        found = places.find(np.array(wanted), read)
+        places.fetch(np.array(wanted), read)
+        assert not len(places.missing(np.array(wanted)))
+        found = places.slots_of(np.array(wanted))
         assert [places.memory[slot].tolist() for slot in found] == [[chunk] * 3 for chunk in wanted]
         assert len(set(found.tolist())) == len(wanted)
         kept_last = list(dict.fromkeys(reversed(used)))[:slots]
@@ -144,11 +146,12 @@ def test_chunk_that_can_not_be_read_is_not_kept():
         raise ShardError("damaged")
 
     for chunk in (0, 1):
-        places.find(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
+        places.fetch(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
     with pytest.raises(ShardError):
-        places.find(np.array([2]), fail)
+        places.fetch(np.array([2]), fail)
     for chunk in (2, 1, 0):
-        (slot,) = places.find(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
+        places.fetch(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
+        (slot,) = places.slots_of(np.array([chunk]))
         assert places.memory[slot] == chunk
 
 
@@ -169,7 +172,8 @@ def fill(chunk, memory):
 
 
 def check(places, chunks):
-    assert places.find(np.array(chunks), fill).tolist() == list(chunks)
+    places.fetch(np.array(chunks), fill)
+    assert places.slots_of(np.array(chunks)).tolist() == list(chunks)
     for chunk in chunks:
         assert (places.memory[chunk] == chunk % 251).all()
 
@@ -194,7 +198,7 @@ def test_processes_share_what_they_read(path):
 
         for start in range(0, COUNT, 40):
             chunks = np.arange(start, start + 40)
-            places.find(chunks, read)
+            places.fetch(chunks, read)
             assert (places.memory[chunks] == (chunks % 251)[:, None]).all()
         places.close()
 
@@ -214,7 +218,7 @@ def test_process_that_is_killed_as_it_reads(path):
             memory[:] = 255
             os.kill(os.getpid(), signal.SIGKILL)
 
-        Shared(path, COUNT, NBYTES).find(np.array([3]), read)
+        Shared(path, COUNT, NBYTES).fetch(np.array([3]), read)
 
     other = fork(dies)
     other.join(30)
@@ -237,7 +241,7 @@ def test_process_that_stands_still_as_it_reads(path, monkeypatch):
             fill(chunk, memory)
 
         places = Shared(path, COUNT, NBYTES)
-        places.find(np.array([3]), read)
+        places.fetch(np.array([3]), read)
         assert (places.memory[3] == 3).all()
 
     other = fork(stands_still)
