@@ -28,10 +28,11 @@ from .errors import (
 if TYPE_CHECKING:
     from . import keras
     from .redistribute import DistributedArray
+    from .runtime.batches import Microbatch
     from .runtime.collective import allgather, allreduce, broadcast
     from .runtime.job import Job
     from .runtime.launch import run
-    from .runtime.step import Microbatch, Step
+    from .runtime.step import Step
     from .shards import ShardSet, open_shards, write_shard
 
 __version__ = "0.1.0"
@@ -70,7 +71,7 @@ __all__ = [
 _LAZY = {
     "DistributedArray": "redistribute",
     "Job": "runtime.job",
-    "Microbatch": "runtime.step",
+    "Microbatch": "runtime.batches",
     "ShardSet": "shards",
     "Step": "runtime.step",
     "allgather": "runtime.collective",

@@ -26,8 +26,9 @@ from . import leftovers
 from .broker.local import read_machine
 from .broker.slurm import allowance
 from .broker.slurm.commands import Commands
-from .comm.vendor import SHARED_MEMORY, find_mpiexec, orphaned_shared_memory, prepare, vendor_of
+from .comm.vendor import find_mpiexec, orphaned_shared_memory, prepare, vendor_of
 from .errors import LaunchError, SlurmError
+from .places import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from .comm.vendor import Vendor

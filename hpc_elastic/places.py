@@ -9,6 +9,14 @@ from .config import Config
 from .errors import RunDirectoryError
 from .model import OWN
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (where POSIX shared memory is; also that of the MPIs)
+SHARED_PREFIX = "hpc_elastic-"
+
+
+def shared_memory(name: str) -> Path:
+    """Return the file in memory that processes of one host share under `name`."""
+    return SHARED_MEMORY / f"{SHARED_PREFIX}{name}"
+
 
 def checkpoint_folder(config: Config, run_path: Path) -> Path:
     """Return the folder for the checkpoints of the run in `run_path`."""

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-EVERYTHING, WITHIN_WINDOW = range(2)  # keeps the random numbers of the two shuffles apart
+EVERYTHING, WITHIN_WINDOW, DECODING = range(3)  # keeps their random numbers apart
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def _window(order: Order, epoch: int, window: int) -> NDArray[np.int64]:
     shuffled = samples[_permutation.__wrapped__(len(samples), order.seed, epoch, WITHIN_WINDOW, window)]
     shuffled.flags.writeable = False
     return shuffled
+
+
+def random_of(seed: int, step: int, microbatch: int) -> np.random.Generator:
+    """Return the random numbers for the samples of a microbatch, the same on whatever rank it is."""
+    key = np.array([seed, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, DECODING, microbatch, 0], dtype=np.uint64)))
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:

@@ -37,8 +37,9 @@ class Done:
 
     def value(self, name: str) -> str:
         """Return what the job printed as ``name value``: one value, which may be printed again after a restart."""
-        (line,) = {line for line in self.out.splitlines() if line.startswith(name + " ")}
-        return line.split(maxsplit=1)[1]
+        lines = {line for line in self.out.splitlines() if line.startswith(name + " ")}
+        assert len(lines) == 1, f"{len(lines)} values of {name!r} in the output:\n{self.out}\n{self.err}"
+        return lines.pop().split(maxsplit=1)[1]
 
 
 class Job:

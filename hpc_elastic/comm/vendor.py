@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LaunchError
+from ..places import SHARED_MEMORY, SHARED_PREFIX
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,6 @@ def _only_loopback() -> bool:
 
 
 LAUNCHERS_FILES = Path("/tmp")  # noqa: S108  (hard-coded in Hydra)
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (where the MPIs put their segments)
 
 
 def _maps(process: str) -> str:
@@ -168,13 +168,13 @@ def _maps(process: str) -> str:
 
 
 def own_shared_memory() -> list[Path]:
-    """Return the segments of the MPIs that this process maps."""
+    """Return the segments, of the MPIs and our own, that this process maps."""
     maps = _maps("self")
     return [path for path in _segments() if str(path) in maps]
 
 
 def _segments() -> list[Path]:
-    patterns = [pattern for vendor in VENDORS for pattern in vendor.leaves_shared_memory]
+    patterns = [f"{SHARED_PREFIX}*", *(pattern for vendor in VENDORS for pattern in vendor.leaves_shared_memory)]
     return [path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)]
 
 

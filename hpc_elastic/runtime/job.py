@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,14 @@ from ..model import Cursor, Generation, Member
 from ..redistribute import DistributedArray
 from ..reduce import Sum
 from ..sampler import Order
+from .batches import Batches, Decode, Samples
 from .collective import Collective
 from .loop import Loop
 from .membership import Membership
 from .plan import Tally
 from .reports import Here
 from .saving import Saving
-from .step import Samples, Step, count_steps
+from .step import Batch, Step, count_steps
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -152,7 +154,15 @@ class Job:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     def steps(
-        self, data: Samples, epochs: int, batch: int, *, shuffle: bool = True, seed: int | None = None, exact: bool = True
+        self,
+        data: Samples,
+        epochs: int,
+        batch: int,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+        exact: bool = True,
+        decode: Decode | None = None,
     ) -> Iterator[Step]:
         """Yield the steps of `epochs` passes over `data`; each turn is a resize point.
 
@@ -173,6 +183,10 @@ class Job:
             Seed of the order; the setting ``seed`` by default.
         exact : bool
             False adds up as MPI does: then the last bits depend on the number of ranks, the library and the hosts.
+        decode : callable, optional
+            Called as ``decode(fields, random)`` with the fields of a microbatch, a dict of arrays, and a
+            `numpy.random.Generator` whose numbers are the same at any number of ranks; returns the dict of arrays that the
+            microbatch gets. It may run in a thread, while the step before is computed.
 
         Raises
         ------
@@ -184,29 +198,34 @@ class Job:
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact)
         fingerprint = getattr(data, "fingerprint", "")
-        for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
-            cursor = loop.here.cursor
-            start = cursor.position
-            size = min(batch, len(data) - start)
-            step = Step(
-                epoch=cursor.epoch,
-                number=cursor.step,
-                start=start,
-                size=size,
-                leaves=leaves,
-                order=order,
-                data=data,
-                total=total,
-                summed=lambda exchange, loop=loop: self.membership.summed(loop.here, exchange),  # type: ignore[misc]
-                ledger=self._write_ledger if self.session.config.ledger else None,
-            )
-            yield step
-            step.finish()
-            last = start + size == len(data)
-            after = (
-                Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, start + size, cursor.step + 1)
-            )
-            loop.advance(after, size, step.metrics, end_of_epoch=last)
+        if hasattr(data, "share"):
+            data.share(str(self.session.run.path))
+
+        def at(cursor: Cursor) -> Batch | None:
+            stop = min(cursor.position + batch, len(data))
+            return Batch(cursor.epoch, cursor.step, cursor.position, stop) if cursor.epoch < epochs else None
+
+        with contextlib.closing(Batches(data, order, decode)) as batches:
+            for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
+                cursor = loop.here.cursor
+                now = at(cursor)
+                assert now is not None
+                last = now.stop == len(data)
+                after = (
+                    Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)
+                )
+                step = Step(
+                    batch=now,
+                    following=at(after),
+                    leaves=leaves,
+                    batches=batches,
+                    total=total,
+                    summed=lambda exchange, loop=loop: self.membership.summed(loop.here, exchange),  # type: ignore[misc]
+                    ledger=self._write_ledger if self.session.config.ledger else None,
+                )
+                yield step
+                step.finish()
+                loop.advance(after, step.size, step.metrics, end_of_epoch=last)
 
     def _write_ledger(self, step: Step) -> None:
         attempt = len(self.session.run.attempts()) * 1000 + self.membership.vigil.losses

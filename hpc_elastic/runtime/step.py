@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,49 +13,40 @@ from numpy.typing import NDArray
 from ..config import Config
 from ..errors import ConfigError, LostRank, StepError
 from ..sampler import microbatches, steps_per_epoch, without_samples
+from .batches import Batches, Microbatch, Share
 
 if TYPE_CHECKING:
     from ..reduce import Sum
-    from ..sampler import Order
 
-Array = NDArray[Any]
 NONE: NDArray[np.int64] = np.empty(0, np.int64)
 
 
-class Samples(Protocol):
-    """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None."""
+class Batch(NamedTuple):
+    """The positions [start, stop) of an epoch's order, which one step takes; steps are counted over all epochs."""
 
-    chunk_samples: int | None
+    epoch: int
+    step: int
+    start: int
+    stop: int
 
-    def __len__(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Samples in it."""
+        return self.stop - self.start
 
-    def gather(self, samples: NDArray[np.int64]) -> dict[str, Array]: ...
+    def share(self, interval: tuple[int, int], leaves: int) -> Share:
+        """Return the part in the microbatches [low, high) of `leaves`."""
+        first, cuts = _cuts(self.size, leaves, interval)
+        return Share(self.epoch, self.step, self.start + first, cuts)
 
 
-class Microbatch:
-    """Some samples of a step; ``micro["image"]`` is a field, ``images, labels = micro`` are the fields in their order.
-
-    Attributes
-    ----------
-    index : int
-        Number of the microbatch in the step.
-    samples : numpy.ndarray, int64 ``[n]``
-        Numbers of the samples in the data set.
-    """
-
-    def __init__(self, index: int, samples: NDArray[np.int64], fields: dict[str, Array]) -> None:
-        self.index = index
-        self.samples = samples
-        self._fields = fields
-
-    def __getitem__(self, name: str) -> Array:
-        return self._fields[name]
-
-    def __iter__(self) -> Iterator[Array]:
-        return iter(self._fields.values())
-
-    def __len__(self) -> int:
-        return len(self.samples)
+@lru_cache(maxsize=16)
+def _cuts(size: int, leaves: int, interval: tuple[int, int]) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+    """Return where a rank's part of a batch begins, and where in that its microbatches do; not those without samples."""
+    low, high = interval
+    cuts = microbatches(size, leaves)[low:high]
+    first = cuts[0][0] if cuts else 0
+    return first, tuple((i, start - first, stop - first) for i, (start, stop) in enumerate(cuts, low) if stop > start)
 
 
 class Step:
@@ -73,27 +65,22 @@ class Step:
     def __init__(
         self,
         *,
-        epoch: int,
-        number: int,
-        start: int,
-        size: int,
+        batch: Batch,
+        following: Batch | None,
         leaves: int,
-        order: Order,
-        data: Samples,
+        batches: Batches,
         total: Sum,
         summed: Callable[[Callable[[], None]], bool],
         ledger: Callable[[Step], None] | None = None,
     ) -> None:
-        self.epoch = epoch
-        self.number = number
-        self.size = size
+        self.epoch = batch.epoch
+        self.number = batch.step
+        self.size = batch.size
         self.metrics: dict[str, float] = {}
         self.consumed = NONE
-        self._start = start
-        self._cuts = microbatches(size, leaves)
-        self._empty = without_samples(size, leaves)
-        self._order = order
-        self._data = data
+        self._batch, self._following = batch, following
+        self._leaves = leaves
+        self._batches = batches
         self._sum = total
         self._summed = summed
         self._ledger = ledger
@@ -105,8 +92,11 @@ class Step:
     @property
     def own(self) -> list[int]:
         """Numbers of this rank's microbatches that have samples."""
-        low, high = self._sum.interval
-        return [i for i in range(low, high) if i not in self._empty]
+        return [index for index, *_ in self._share.cuts]
+
+    @property
+    def _share(self) -> Share:
+        return self._batch.share(self._sum.interval, self._leaves)
 
     def microbatches(self) -> Iterator[Microbatch]:
         """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks.
@@ -117,21 +107,16 @@ class Step:
         while not self._whole:
             self._added.clear()
             self._sum.drop()
-            yield from self._share()
+            yield from self._one_by_one()
             self._whole = self._exchange()
 
-    def _share(self) -> Iterator[Microbatch]:
-        own = self.own
-        self.consumed = NONE
-        if own:
-            first, last = self._cuts[own[0]][0], self._cuts[own[-1]][1]
-            samples = self._order.take(self.epoch, self._start + first, self._start + last)
-            fields = self._data.gather(samples)
-            self.consumed = samples
-            for index in own:
-                cut = slice(self._cuts[index][0] - first, self._cuts[index][1] - first)
-                self._now = Microbatch(index, samples[cut], {name: field[cut] for name, field in fields.items()})
-                yield self._now
+    def _one_by_one(self) -> Iterator[Microbatch]:
+        following = self._following and self._following.share(self._sum.interval, self._leaves)
+        found = self._batches.take(self._share, following)
+        self.consumed = np.concatenate([micro.samples for micro in found]) if found else NONE
+        for micro in found:
+            self._now = micro
+            yield micro
         self._now = None
 
     def _exchange(self) -> bool:
@@ -141,7 +126,8 @@ class Step:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
             self._ledger(self)
-        return self._summed(lambda: self._sum.exchange(self._empty))
+        empty = without_samples(self.size, self._leaves)
+        return self._summed(lambda: self._sum.exchange(empty))
 
     def add(self, values: Any, **metrics: Any) -> None:
         """Contribute what was computed from the microbatch at hand.
@@ -150,8 +136,7 @@ class Step:
         ----------
         values : array, or nested lists, tuples and dicts of arrays
             Mean over the microbatch, as a gradient of a mean loss is; the same structure, shapes and dtypes every time.
-            Arrays of integers are summed instead, since they have no mean of their dtype. They are on the host or on this
-            rank's GPU: CuPy's, or others that DLPack hands over, as TensorFlow's.
+            Arrays of integers are summed instead, since they have no mean of their dtype.
         **metrics : float
             Means over the microbatch, such as ``loss=…``; `metrics` has their means over the batch.
 
@@ -175,7 +160,7 @@ class Step:
         -------
         values
             Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
-            since ranks of one host read the same memory. What was added from a GPU comes as CuPy arrays.
+            since ranks of one host read the same memory.
         """
         if self._reduced:
             raise StepError("step.reduce was called twice")

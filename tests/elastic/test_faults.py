@@ -155,13 +155,14 @@ def static(scripts, tmp_path_factory):
 
 def test_fault(cell, action, scripts, static, tmp_path, record_property):
     run = tmp_path / "r"
+    hold = (cell.stage, action) != ("retire", "stop")  # it would stand still for the leaver that is stopped
     settings = {"ledger": "true", "stall_s": STALL_S, "deadline_s": 20, "checkpoint_steps": 5}
     options = [
         *("--run-dir", "r", "--slots", 6, "--max", 4, "--timetable", cell.table),
-        *(() if cell.stage == "retire" else ("--hold",)),
+        *(("--hold",) if hold else ()),
     ]
     options += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    script = [*scripts[cell.job], PAUSE_S if cell.stage != "retire" else 5 * PAUSE_S]
+    script = [*scripts[cell.job], PAUSE_S if hold else 5 * PAUSE_S]
     with Job(hpc_elastic("run", *options, *script), folder=tmp_path, environ={FAULT_VARIABLE: cell.fault(action)}) as job:
         done = job.wait()
     assert done.code == 0, done.err

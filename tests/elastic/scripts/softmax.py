@@ -1,4 +1,4 @@
-"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--state BYTES]."""
+"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--noise]."""
 
 import argparse
 import hashlib
@@ -16,6 +16,7 @@ parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--pause", type=float, default=0.0)
 parser.add_argument("--fail", default="")
 parser.add_argument("--how", default="raise")
+parser.add_argument("--noise", action="store_true")
 parser.add_argument("--warm", type=float, default=0.0)
 arguments = parser.parse_args()
 
@@ -32,6 +33,12 @@ def gradients(weights, micro):
     return loss, {"w": x.T @ p, "b": p.sum(axis=0)}
 
 
+def noisy(fields, random):
+    time.sleep(0.001)  # stands for decoding: it is done ahead
+    noise = random.integers(-20, 20, fields["image"].shape)
+    return {**fields, "image": np.clip(fields["image"] + noise, 0, 255).astype(np.uint8)}
+
+
 def train(job):
     weights = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
     momentum = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
@@ -40,7 +47,8 @@ def train(job):
         time.sleep(arguments.warm)  # stands for slow imports
     fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
     with he.open_shards(arguments.shards) as shards:
-        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch):
+        decode = noisy if arguments.noise else None
+        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch, decode=decode):
             if (job.rank, step.number) == (fail_rank, fail_step):
                 if arguments.how == "raise":
                     raise ValueError("deliberate failure")

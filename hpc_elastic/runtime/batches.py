@@ -1,0 +1,158 @@
+"""What a rank computes its part of a step from: gathered and decoded, where that takes long, while the step before runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StepError
+from ..sampler import random_of
+
+if TYPE_CHECKING:
+    from ..sampler import Order
+
+Array = NDArray[Any]
+Fields = Mapping[str, Array]
+Decode = Callable[[dict[str, Array], np.random.Generator], Fields]
+
+WORTH_S = 5e-4  # what takes less is done when it is needed: handing it to a thread and back costs a tenth of this
+IDLE_REFERENCES = 2  # to an array of a batch that nobody else holds: the batch's own, and the one that asks
+
+
+class Samples(Protocol):
+    """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None.
+
+    With the attribute ``reads_ahead = True``, `gather` is also called in a thread, and with the arrays to fill, `out`.
+    """
+
+    chunk_samples: int | None
+
+    def __len__(self) -> int: ...
+
+    def gather(self, samples: NDArray[np.int64]) -> dict[str, Array]: ...
+
+
+class Microbatch:
+    """Some samples of a step; ``micro["image"]`` is a field, ``images, labels = micro`` are the fields in their order.
+
+    Attributes
+    ----------
+    index : int
+        Number of the microbatch in the step.
+    samples : numpy.ndarray, int64 ``[n]``
+        Numbers of the samples in the data set.
+    """
+
+    def __init__(self, index: int, samples: NDArray[np.int64], fields: Fields) -> None:
+        self.index = index
+        self.samples = samples
+        self._fields = fields
+
+    def __getitem__(self, name: str) -> Array:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self._fields.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Share(NamedTuple):
+    """What one rank has of a step: positions in the order of an epoch from `first` on, cut into microbatches.
+
+    Attributes
+    ----------
+    epoch, step : int
+        Which step; it is counted over all epochs.
+    cuts : tuple of (int, int, int)
+        Number of each microbatch that has samples, and where it begins and ends, from `first` on. One follows the other.
+    """
+
+    epoch: int
+    step: int
+    first: int
+    cuts: tuple[tuple[int, int, int], ...]
+
+
+class Batches:
+    """The microbatches of one rank, from `data` in an `order`.
+
+    Parameters
+    ----------
+    data : Samples
+        The data set.
+    order : Order
+        The order of the samples in each epoch.
+    decode : callable, optional
+        What the user makes of the fields of each microbatch.
+    """
+
+    def __init__(self, data: Samples, order: Order, decode: Decode | None = None) -> None:
+        self._data, self._order, self._decode = data, order, decode
+        self._threads = ThreadPoolExecutor(1, "hpc_elastic-batches") if getattr(data, "reads_ahead", False) else None
+        self._batches: list[dict[str, Array]] = []  # which are filled again when nobody holds them any more
+        self._ahead: tuple[Share, Future[list[Microbatch]]] | None = None
+        self._took_s = 0.0
+
+    def take(self, share: Share, following: Share | None = None) -> list[Microbatch]:
+        """Return the microbatches of `share`, and begin with those of the step that is going to follow."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == share:
+            found = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            found = self._make(share)
+        if self._threads is not None and following is not None and self._took_s > WORTH_S:
+            self._ahead = following, self._threads.submit(self._make, following)
+        return found
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, share: Share) -> list[Microbatch]:
+        if not share.cuts:
+            return []
+        begun = time.perf_counter()
+        samples = self._order.take(share.epoch, share.first, share.first + share.cuts[-1][2])
+        fields = self._gather(samples)
+        found = []
+        for index, start, stop in share.cuts:
+            cut = slice(start, stop)
+            found.append(
+                Microbatch(index, samples[cut], self._decoded(share.step, index, {n: f[cut] for n, f in fields.items()}))
+            )
+        self._took_s = time.perf_counter() - begun
+        return found
+
+    def _gather(self, samples: NDArray[np.int64]) -> Fields:
+        if self._threads is None:
+            return self._data.gather(samples)
+        n = len(samples)
+        for batch in self._batches:
+            if all(len(array) >= n and sys.getrefcount(array) <= IDLE_REFERENCES + 1 for array in batch.values()):
+                return self._data.gather(samples, batch)  # type: ignore[call-arg]
+        fields = self._data.gather(samples)
+        self._batches = [batch for batch in self._batches if all(len(array) >= n for array in batch.values())]
+        self._batches.append(fields)
+        return {name: array[:] for name, array in fields.items()}
+
+    def _decoded(self, step: int, index: int, fields: dict[str, Array]) -> Fields:
+        if self._decode is None:
+            return fields
+        n = len(next(iter(fields.values())))
+        decoded = self._decode(fields, random_of(self._order.seed, step, index))
+        if not isinstance(decoded, Mapping) or any(len(array) != n for array in decoded.values()):
+            raise StepError(
+                f"decode must return a dict of arrays with the {n} samples that it was given, not {type(decoded)}"
+            )
+        return decoded

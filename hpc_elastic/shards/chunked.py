@@ -1,0 +1,105 @@
+"""Fields stored in chunks, read and decompressed chunk by chunk; those that HDF5 has to read go the same way.
+
+Most are read past HDF5, from where its index says that they are: that holds no lock while others compute.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ShardError
+from . import codecs
+from .files import Field, ShardFile, opened, same_in_numpy
+from .rows import Bytes
+
+BLOCK_BYTES = 1 << 20  # read at once from data sets that have no chunks and can't be mapped
+
+
+class Chunks(Protocol):
+    """One field of one file: `count` chunks of `length` samples, but for the last one."""
+
+    length: int
+    count: int
+
+    def read(self, chunk: int, out: Bytes) -> None:
+        """Read the samples of a chunk into the first rows of `out`, bytes [length, nbytes of a sample]."""
+        ...
+
+
+def chunks_of(file: ShardFile, name: str) -> Chunks:
+    """Return the chunks of a field that is not mapped."""
+    return Direct.of(file, name) or ThroughHdf5(file, name)
+
+
+class ThroughHdf5:
+    """What only HDF5 can read: types that it converts, filters of others, chunks of parts of samples, compact data."""
+
+    def __init__(self, file: ShardFile, name: str) -> None:
+        self._file, self._name, self._field = file, name, file.fields[name]
+        self.length = file.layouts[name].chunk or max(1, BLOCK_BYTES // max(1, self._field.nbytes))
+        self.count = -(-file.samples // self.length)
+
+    def read(self, chunk: int, out: Bytes) -> None:
+        start = chunk * self.length
+        stop = min(start + self.length, self._file.samples)
+        with opened(self._file.path) as file:
+            _view(out[: stop - start], self._field)[...] = file[self._name][start:stop]
+
+
+class Direct:
+    """Chunks that are read from the file and undone by `codecs`."""
+
+    def __init__(self, file: ShardFile, name: str, data: h5py.Dataset) -> None:
+        self._path, self._name, self._samples = file.path, name, file.samples
+        self._field = file.fields[name]
+        self.length = data.chunks[0]
+        self.count = -(-file.samples // self.length)
+        self._fill = np.asarray(data.fillvalue, self._field.dtype)
+        plist = data.id.get_create_plist()
+        self._filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+        self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
+        data.id.chunk_iter(self._note)
+        self._stored = np.empty(self._places[:, 1].max(initial=0), np.uint8)  # filled again for each chunk
+        self._descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @classmethod
+    def of(cls, file: ShardFile, name: str) -> Direct | None:
+        """Return the chunks of a field, or None if they have to go through HDF5."""
+        field = file.fields[name]
+        with opened(file.path) as stream:
+            data = stream[name]
+            plist = data.id.get_create_plist()
+            filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+            plain = data.chunks and data.chunks[1:] == field.shape and same_in_numpy(data)
+            return cls(file, name, data) if plain and codecs.known(filters) else None
+
+    def _note(self, chunk: h5py.h5d.StoreInfo) -> None:
+        self._places[chunk.chunk_offset[0] // self.length] = chunk.byte_offset, chunk.size, chunk.filter_mask
+
+    def read(self, chunk: int, out: Bytes) -> None:
+        offset, nbytes, skipped = self._places[chunk].tolist()
+        rows = min(self.length, self._samples - chunk * self.length)
+        if not nbytes:
+            _view(out[:rows], self._field)[...] = self._fill
+            return
+        filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1]
+        whole = out.reshape(-1)
+        stored = self._stored[:nbytes] if filters else whole
+        try:
+            got = os.preadv(self._descriptor, [stored.data], offset)
+            codecs.decode(stored if got == nbytes else stored[:got], filters, self._field.dtype.itemsize, whole)
+        except (codecs.DamagedError, OSError) as error:
+            raise ShardError(
+                f"{self._path} is truncated or damaged, copy or pack it again: chunk {chunk} of {self._name!r}, {error}"
+            ) from error
+
+
+def _view(rows: Bytes, field: Field) -> NDArray[Any]:
+    return rows.reshape(-1).view(field.dtype).reshape(len(rows), *field.shape)

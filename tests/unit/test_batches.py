@@ -1,0 +1,194 @@
+"""Batches: what comes ahead of time is what would have come without, and nobody's array is written over."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hpc_elastic.errors import ShardError, StepError
+from hpc_elastic.runtime import batches
+from hpc_elastic.runtime.batches import Batches
+from hpc_elastic.runtime.step import Batch
+from hpc_elastic.sampler import Order
+from hpc_elastic.shards import open_shards, write_shard
+
+N, LEAVES, SIZE = 100, 4, 24
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, 5, 3), dtype=np.uint8)
+LABELS = np.arange(N)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shard(tmp_path / "a.h5", {"image": IMAGES, "label": LABELS})
+    with open_shards(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["ahead", "in time"])
+def ahead(request, monkeypatch):
+    monkeypatch.setattr(batches, "WORTH_S", -1.0 if request.param == "ahead" else 1e9)
+    return request.param == "ahead"
+
+
+def steps(epochs=2):
+    """Return all steps."""
+    every = [(epoch, start) for epoch in range(epochs) for start in range(0, N, SIZE)]
+    return [Batch(epoch, number, start, min(start + SIZE, N)) for number, (epoch, start) in enumerate(every)]
+
+
+def shares(interval):
+    found = [step.share(interval, LEAVES) for step in steps()]
+    return zip(found, [*found[1:], None], strict=True)
+
+
+def check(order, share, found):
+    assert [micro.index for micro in found] == [index for index, *_ in share.cuts]
+    for micro, (_, start, stop) in zip(found, share.cuts, strict=True):
+        samples = order.take(share.epoch, share.first + start, share.first + stop)
+        np.testing.assert_array_equal(micro.samples, samples)
+        image, label = micro
+        np.testing.assert_array_equal(image, IMAGES[samples])
+        np.testing.assert_array_equal(label, samples)
+        assert micro["label"] is label
+
+
+@pytest.mark.parametrize("interval", [(0, 4), (1, 2), (2, 4)])
+def test_all_steps(shards, ahead, interval):
+    order = Order(N, 3)
+    made = Batches(shards, order)
+    for share, following in shares(interval):
+        check(order, share, made.take(share, following))
+        assert (made._ahead is not None) == (ahead and following is not None)
+    made.close()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_another_interval_than_was_expected(shards):
+    order = Order(N, 3)
+    made = Batches(shards, order)
+    intervals = [(0, 4), (0, 2), (1, 2), (3, 4), (0, 4)]
+    for number, step in enumerate(steps()):
+        share = step.share(intervals[number % 5], LEAVES)
+        check(order, share, made.take(share, share))
+    made.close()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_arrays_that_are_held_stay_as_they_are(shards):
+    order = Order(N, 3)
+    made = Batches(shards, order)
+    held = [(share, made.take(share, following)) for share, following in shares((0, 2))]
+    for share, found in held:
+        check(order, share, found)
+    made.close()
+
+
+def test_arrays_are_filled_again(shards, ahead):
+    order = Order(N, 3)
+    made = Batches(shards, order)
+    memory = []
+    for share, following in shares((0, 4)):
+        found = made.take(share, following)
+        memory.append(found[0]["image"].base.ctypes.data)
+        del found
+    assert len(set(memory)) <= (2 if ahead else 1)
+    made.close()
+
+
+def test_the_next_one_is_there_when_it_is_asked_for(shards, monkeypatch):
+    monkeypatch.setattr(batches, "WORTH_S", 0.01)
+    gather, threads = shards.gather, []
+
+    def slow(samples, out=None):
+        time.sleep(0.05)
+        threads.append(threading.current_thread())
+        return gather(samples, out)
+
+    monkeypatch.setattr(shards, "gather", slow)
+    made = Batches(shards, Order(N, 3))
+    (first, second), (_, third), *_ = shares((0, 4))
+    made.take(first, second)
+    made._ahead[1].result(10)
+    begun = time.perf_counter()
+    made.take(second, third)
+    assert time.perf_counter() - begun < 0.04
+    made.close()
+    assert threads[0] is threading.main_thread()
+    assert threads[1] is not threading.main_thread()
+
+
+def test_what_fails_ahead_is_raised_in_its_turn(shards, ahead, monkeypatch):
+    made = Batches(shards, Order(N, 3))
+    (first, second), (_, third), *_ = shares((0, 4))
+    gather = shards.gather
+
+    def fail(_samples, _out=None):
+        raise ShardError("damaged")
+
+    made.take(first)
+    monkeypatch.setattr(shards, "gather", fail)
+    if ahead:
+        made._ahead = second, made._threads.submit(made._make, second)
+    with pytest.raises(ShardError, match="damaged"):
+        made.take(second, third)
+    monkeypatch.setattr(shards, "gather", gather)
+    check(Order(N, 3), second, made.take(second, third))
+    made.close()
+
+
+class Own:
+    """Data of the user's own, which knows of no thread."""
+
+    chunk_samples = None
+    thread = None
+
+    def __len__(self):
+        return N
+
+    def gather(self, samples):
+        assert threading.current_thread() is threading.main_thread()
+        return {"image": IMAGES[samples], "label": LABELS[samples]}
+
+
+@pytest.mark.usefixtures("ahead")
+def test_data_of_ones_own_is_read_in_time():
+    order = Order(N, 3)
+    made = Batches(Own(), order)
+    for share, following in shares((0, 4)):
+        check(order, share, made.take(share, following))
+    made.close()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_decoding_has_the_same_random_numbers_on_any_rank(shards):
+    def decode(fields, random):
+        noise = random.integers(0, 256, fields["image"].shape, np.uint8)
+        return {"image": fields["image"] ^ noise, "noise": noise}
+
+    order = Order(N, 3)
+    found = {}
+    for intervals in ([(0, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]):
+        whole = []
+        for interval in intervals:
+            made = Batches(shards, order, decode)
+            for share, following in shares(interval):
+                for micro in made.take(share, following):
+                    np.testing.assert_array_equal(micro["image"] ^ micro["noise"], IMAGES[micro.samples])
+                    whole.append((share.step, micro.index, micro["image"].tobytes()))
+            made.close()
+        found[len(intervals)] = sorted(whole)
+    assert found[1] == found[2] == found[4]
+    noises = [noise for _, _, noise in found[1]]
+    assert len(set(noises)) == len(noises)
+
+
+@pytest.mark.parametrize("wrong", [lambda _fields, _: None, lambda fields, _: {"image": fields["image"][1:]}])
+def test_what_decoding_must_return(shards, wrong):
+    made = Batches(shards, Order(N, 3), wrong)
+    (share, _), *_ = shares((0, 4))
+    with pytest.raises(StepError, match="decode must return a dict of arrays with the 6 samples"):
+        made.take(share)
+    made.close()

@@ -1,0 +1,306 @@
+"""Chunks: read past HDF5 as HDF5 reads them, kept within the budget, shared by processes that come, go and die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import uuid
+import zlib
+from pathlib import Path
+
+import h5py
+import hdf5plugin
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_elastic.errors import ShardError
+from hpc_elastic.places import SHARED_MEMORY, SHARED_PREFIX, shared_memory
+from hpc_elastic.shards import chunked, kept, open_shards
+from hpc_elastic.shards.files import described
+from hpc_elastic.shards.kept import Recent, Shared
+
+RNG = np.random.default_rng(3)
+COMPRESSIONS = {
+    "none": {},
+    "gzip": {"compression": "gzip"},
+    "shuffle": {"shuffle": True},
+    "shuffle+gzip": {"shuffle": True, "compression": "gzip"},
+    "zstd": dict(hdf5plugin.Zstd()),
+    "shuffle+zstd": {"shuffle": True, **hdf5plugin.Zstd()},
+}
+OTHERS = {
+    "lzf": {"compression": "lzf"},
+    "gzip+fletcher32": {"compression": "gzip", "fletcher32": True},
+    "blosc": dict(hdf5plugin.Blosc()),
+}
+DTYPES = ["u1", "<i2", ">i4", "<f4", ">f8", "?", "S3", "c8", [("x", "<f4"), ("y", ">i2")]]
+
+
+def values(dtype, n, shape):
+    """Return an array that can be compressed."""
+    array = np.zeros((n, *shape), dtype)
+    if array.nbytes:
+        array.view(np.uint8)[...] = RNG.integers(0, 2, array.view(np.uint8).shape)
+    return array
+
+
+@given(
+    filters=st.sampled_from([*COMPRESSIONS, *OTHERS]),
+    user_block=st.sampled_from([0, 512]),
+    dtype=st.sampled_from(DTYPES),
+    n=st.integers(1, 40),
+    length=st.integers(1, 40),
+    shape=st.sampled_from([(), (3,), (2, 5)]),
+)
+def test_chunks_are_read_as_hdf5_reads_them(tmp_path_factory, filters, user_block, dtype, n, length, shape):
+    path = tmp_path_factory.mktemp("chunks") / "a.h5"
+    array = values(dtype, n, shape)
+    with h5py.File(path, "w", userblock_size=user_block) as file:
+        how = {**COMPRESSIONS, **OTHERS}[filters]
+        file.create_dataset("value", data=array, chunks=(min(n, length), *shape), **how)
+    with open_shards(path, cache_bytes=1) as opened:
+        order = RNG.permutation(n)
+        assert opened.gather(order)["value"].tobytes() == array[order].tobytes()
+    direct = isinstance(chunked.chunks_of(described(path), "value"), chunked.Direct)
+    assert direct == (filters in COMPRESSIONS)
+
+
+def test_chunks_that_were_never_written_or_not_compressed(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset("value", (40,), "i4", chunks=(10,), fillvalue=7, compression="gzip")
+        data[10:20] = np.arange(10)
+        data.id.write_direct_chunk((20,), np.arange(10, 20, dtype="i4").tobytes(), filter_mask=1)
+    with open_shards(tmp_path) as opened:
+        expected = np.array([*[7] * 10, *range(20), *[7] * 10])
+        np.testing.assert_array_equal(opened.gather(np.arange(40))["value"], expected)
+
+
+def test_types_that_h5py_marks(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("text", data=np.array([b"ab", b"cd"], h5py.string_dtype("utf-8", 2)), chunks=(1,))
+        file.create_dataset("enum", data=[0, 1], dtype=h5py.enum_dtype({"no": 0, "yes": 1}), chunks=(2,))
+    with open_shards(tmp_path) as opened:
+        assert opened.gather([1, 0])["text"].tolist() == [b"cd", b"ab"]
+        assert opened.gather([1, 0])["enum"].tolist() == [1, 0]
+
+
+CODECS = {"gzip": zlib.compress, "zstd": zstandard.compress, "shuffle+zstd": zstandard.compress}
+
+
+@pytest.mark.parametrize("compression", ["none", *CODECS])
+@pytest.mark.parametrize("damage", ["scrambled", "cut off", "too long"])
+def test_damaged_chunk(tmp_path, compression, damage):
+    if compression == "none" and damage != "cut off":
+        pytest.skip("nothing tells that it is damaged")
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("value", data=values("u1", 400, ()), chunks=(100,), **COMPRESSIONS[compression])
+        if damage == "too long":
+            data.id.write_direct_chunk((200,), CODECS[compression](bytes(500)))
+        place = data.id.get_chunk_info(2)
+    with open_shards(path) as opened:
+        content = bytearray(path.read_bytes())
+        if damage == "cut off":
+            os.truncate(path, place.byte_offset + place.size // 2)
+        elif damage == "scrambled":
+            content[place.byte_offset : place.byte_offset + place.size] = b"\xee" * place.size
+            path.write_bytes(content)
+        with pytest.raises(ShardError, match=r"a\.h5 is truncated or damaged.*chunk 2 of 'value'"):
+            opened.gather([250])
+        assert opened.gather([1])["value"].shape == (1,)
+
+
+@given(
+    chunks=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=4, unique=True), max_size=30),
+    slots=st.integers(4, 12),
+)
+def test_recent_chunks(chunks, slots):
+    """Each is where it is said to be, and those used last have not been read again."""
+    places, reads, used = Recent(12, slots, 3), [], []
+
+    def read(chunk, memory):
+        reads.append(chunk)
+        memory[:] = chunk
+
+    for wanted in chunks:
+        reads.clear()
+        places.fetch(np.array(wanted), read)
+        assert not len(places.missing(np.array(wanted)))
+        found = places.slots_of(np.array(wanted))
+        assert [places.memory[slot].tolist() for slot in found] == [[chunk] * 3 for chunk in wanted]
+        assert len(set(found.tolist())) == len(wanted)
+        kept_last = list(dict.fromkeys(reversed(used)))[:slots]
+        assert not set(reads) & set(kept_last[: slots - len(wanted)])
+        used += wanted
+
+
+def test_chunk_that_can_not_be_read_is_not_kept():
+    places = Recent(5, 2, 1)
+
+    def fail(_, memory):
+        memory[:] = 99
+        raise ShardError("damaged")
+
+    for chunk in (0, 1):
+        places.fetch(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
+    with pytest.raises(ShardError):
+        places.fetch(np.array([2]), fail)
+    for chunk in (2, 1, 0):
+        places.fetch(np.array([chunk]), lambda chunk, memory: memory.fill(chunk))
+        (slot,) = places.slots_of(np.array([chunk]))
+        assert places.memory[slot] == chunk
+
+
+# --- shared by processes ----------------------------------------------------------------------------------------------
+
+COUNT, NBYTES = 200, 5000
+
+
+@pytest.fixture
+def path():
+    found = shared_memory(f"test-{uuid.uuid4().hex[:8]}")
+    yield found
+    assert not found.exists()
+
+
+def fill(chunk, memory):
+    memory[:] = chunk % 251
+
+
+def check(places, chunks):
+    places.fetch(np.array(chunks), fill)
+    assert places.slots_of(np.array(chunks)).tolist() == list(chunks)
+    for chunk in chunks:
+        assert (places.memory[chunk] == chunk % 251).all()
+
+
+def fork(function):
+    """Run `function` in a process of its own, which begins now."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
+
+
+def test_processes_share_what_they_read(path):
+    counted = multiprocessing.get_context("fork").Value("i", 0)
+
+    def some():
+        places = Shared(path, COUNT, NBYTES)
+
+        def read(chunk, memory):
+            with counted:
+                counted.value += 1
+            fill(chunk, memory)
+
+        for start in range(0, COUNT, 40):
+            chunks = np.arange(start, start + 40)
+            places.fetch(chunks, read)
+            assert (places.memory[chunks] == (chunks % 251)[:, None]).all()
+        places.close()
+
+    own = Shared(path, COUNT, NBYTES)
+    others = [fork(some) for _ in range(3)]
+    for other in others:
+        other.join(30)
+        assert other.exitcode == 0
+    assert counted.value == COUNT  # each once
+    check(own, range(COUNT))
+    own.close()
+
+
+def test_process_that_is_killed_as_it_reads(path):
+    def dies():
+        def read(_, memory):
+            memory[:] = 255
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Shared(path, COUNT, NBYTES).fetch(np.array([3]), read)
+
+    other = fork(dies)
+    other.join(30)
+    assert other.exitcode == -signal.SIGKILL
+    assert path.exists()
+    own = Shared(path, COUNT, NBYTES)
+    check(own, [3, 4])
+    own.close()
+
+
+def test_process_that_stands_still_as_it_reads(path, monkeypatch):
+    monkeypatch.setattr(kept, "WAIT_S", 0.05)
+    own = Shared(path, COUNT, NBYTES)
+    begun, goes_on = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def stands_still():
+        def read(chunk, memory):
+            begun.set()
+            assert goes_on.wait(30)
+            fill(chunk, memory)
+
+        places = Shared(path, COUNT, NBYTES)
+        places.fetch(np.array([3]), read)
+        assert (places.memory[3] == 3).all()
+
+    other = fork(stands_still)
+    assert begun.wait(30)
+    check(own, [2, 3, 4])  # it does not wait for the other one
+    goes_on.set()
+    other.join(30)
+    assert other.exitcode == 0
+    check(own, [3])
+    own.close()
+
+
+def test_the_last_one_removes_the_file(path):
+    first, second = Shared(path, COUNT, NBYTES), Shared(path, COUNT, NBYTES)
+    first.close()
+    assert path.exists()
+    check(second, [1])
+    second.close()
+
+
+def test_file_of_others_is_not_used(path):
+    path.touch(0o644)
+    path.chmod(0o644)
+    try:
+        with pytest.raises(PermissionError, match="not ours alone"):
+            Shared(path, COUNT, NBYTES)
+        path.unlink()
+        path.symlink_to("/dev/null")
+        with pytest.raises(OSError, match="symbolic links"):
+            Shared(path, COUNT, NBYTES)
+    finally:
+        path.unlink()
+
+
+def test_sets_share_if_the_budget_allows_it(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("value", data=np.arange(100), chunks=(8,), compression="gzip")
+    key = uuid.uuid4().hex
+    before = set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*"))
+    for budget, shared in ((13 * 64, 1), (13 * 64 - 1, 0)):
+        with open_shards(tmp_path, budget) as one, open_shards(tmp_path, budget) as other:
+            for each in (one, other):
+                each.share(key)
+            new = set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) - before
+            assert len(new) == shared
+            assert all(path.stat().st_mode & 0o777 == 0o600 for path in new)
+            for each in (one, other):
+                assert each.gather(np.arange(100))["value"].tolist() == list(range(100))
+        assert set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) == before
+
+
+def test_blocks_of_contiguous_data(tmp_path):
+    from hpc_elastic.shards import write_shard
+
+    write_shard(Path(tmp_path / "a.h5"), {"value": np.arange(10_000)})
+    with pytest.raises(ShardError, match="block_samples = 0 must be at least 1"):
+        open_shards(tmp_path, block_samples=0)
+    with open_shards(tmp_path, block_samples=700) as opened:
+        assert opened.chunk_samples == 700
+        for _ in range(2):
+            order = RNG.permutation(10_000)
+            np.testing.assert_array_equal(opened.gather(order)["value"], order)
