@@ -8,6 +8,7 @@ own collectives begin to send at any time. Here all is begun at once, when the c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from mpi4py import MPI
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..model import Move
 from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
-from .waiting import Watch
+from .waiting import Watch, keep
 
 Array = NDArray[np.generic]
 NOTHING = bytearray()
@@ -121,10 +122,13 @@ class Collectives:
 
     # --- meeting ------------------------------------------------------------------------------------------------------
 
-    def meet(self, nbytes: int) -> None:
-        """Wait for all ranks, with pauses, if what follows moves as much as `nbytes`, which all give alike."""
+    def meet(self, nbytes: int, among: Sequence[int] | None = None) -> None:
+        """Wait for all ranks, or for those `among` them, with pauses, if what follows moves as much as `nbytes`.
+
+        All give the same.
+        """
         if nbytes >= LARGE_BYTES:
-            self.barrier()
+            self.barrier(among)
 
     def barrier(self, among: Sequence[int] | None = None) -> None:
         """Wait for all ranks, or for those `among` them: in rounds, each hears of twice as many."""
@@ -141,19 +145,63 @@ class Collectives:
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def flight(self) -> Iterator[Flight]:
+        """Have messages under way, several trades at a time; all have come when the block is left."""
+        flight = Flight(self.comm, self.watch)
+        try:
+            yield flight
+            flight.wait(flight.requests)
+        except BaseException:
+            keep(flight.requests)
+            raise
+
     def _trade(self, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int) -> None:
         """Send bytes to ranks and receive others from ranks; where there are none, nothing travels."""
 
-        def begun() -> Iterator[MPI.Request]:
-            for rank, place in receives:
-                if place.nbytes:
-                    yield self.comm.Irecv(place, rank, tag)
-            for rank, part in sends:
-                if part.nbytes:
-                    yield self.comm.Isend(part, rank, tag)
-
         nbytes = sum(part.nbytes for _, part in sends) + sum(place.nbytes for _, place in receives)
-        self.watch.requests(begun(), nbytes)
+        self.watch.requests(_begun(self.comm, sends, receives, tag), nbytes)
+
+
+class Flight:
+    """Messages under way.
+
+    Attributes
+    ----------
+    requests : list of mpi4py.MPI.Request
+        All of them.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, watch: Watch) -> None:
+        self._comm = comm
+        self._watch = watch
+        self.requests: list[MPI.Request] = []
+
+    def begin(
+        self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]], tag: int
+    ) -> list[MPI.Request]:
+        """Begin to send arrays to ranks, and to receive into others; return what to wait for."""
+        parts, places = [(rank, _bytes(array)) for rank, array in sends], [(rank, _bytes(array)) for rank, array in receives]
+        requests: list[MPI.Request] = []
+        self._watch.begin(_begun(self._comm, parts, places, tag), requests)
+        self.requests += requests
+        return requests
+
+    def wait(self, requests: list[MPI.Request]) -> None:
+        """Wait for some of them."""
+        self._watch.finish(requests, NB)
+
+NB = 4 << 20
+
+def _begun(
+    comm: MPI.Intracomm, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int
+) -> Iterator[MPI.Request]:
+    for rank, place in receives:
+        if place.nbytes:
+            yield comm.Irecv(place, rank, tag)
+    for rank, part in sends:
+        if part.nbytes:
+            yield comm.Isend(part, rank, tag)
 
 
 def _bytes(array: Array) -> memoryview:

@@ -51,6 +51,11 @@ class LeftOut(LostRank):
 _given_up: list[MPI.Request] = []
 
 
+def keep(requests: Iterable[MPI.Request]) -> None:
+    """Keep what was under way, with its buffers, until this process ends."""
+    _given_up.extend(requests)
+
+
 # Threads inside a call of MPI's that can't be left and may never end.
 _forsaken: list[threading.Thread] = []
 
@@ -192,6 +197,23 @@ class Watch:
         `look` is called when they are not yet done.
         """
         requests: list[MPI.Request] = []
+        try:
+            self.begin(begun, requests)
+            self.finish(requests, nbytes, look)
+        except BaseException:
+            keep(requests)
+            raise
+
+    def begin(self, begun: Iterable[MPI.Request], requests: list[MPI.Request]) -> None:
+        """Begin non-blocking operations, and add them to `requests`."""
+        with self.blame():
+            while self._broken():
+                self.check()
+                time.sleep(CHECK_EVERY_S)
+            requests.extend(begun)
+
+    def finish(self, requests: list[MPI.Request], nbytes: int = 0, look: Callable[[], None] | None = None) -> None:
+        """Wait for operations that have begun."""
 
         def done() -> bool:
             if MPI.Request.Testall(requests):
@@ -200,17 +222,8 @@ class Watch:
                 look()
             return False
 
-        busy_s = YIELD_S + nbytes / BYTES_PER_S
-        try:
-            with self.blame():
-                while self._broken():
-                    self.check()
-                    time.sleep(CHECK_EVERY_S)
-                requests.extend(begun)
-                self.until(done, busy_s=busy_s)
-        except BaseException:
-            _given_up.extend(requests)
-            raise
+        with self.blame():
+            self.until(done, busy_s=YIELD_S + nbytes / BYTES_PER_S)
 
     @contextlib.contextmanager
     def blame(self, kind: type[Exception] = MPI.Exception) -> Iterator[None]:

@@ -6,7 +6,9 @@ up what its host has, and trades pieces of that with the keepers of the other ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -14,12 +16,25 @@ import numpy as np
 
 from ..arrays.host import Array
 from ..comm.board import Board
+from ..comm.messages import FILL_TAG, PART_TAG
 from .adding import add_up
-from .form import Form, Pool, Slot
+from .form import DType, Form, Pool, Slot
 from .node import Near, cut, whole_sum
 from .order import There, Tree, pairs, united
 
 Trade = list[tuple[int, Array]]
+PIECE_BYTES = 1 << 20  # the most that one message carries of a large sum
+BUFFER_BYTES = 16 << 20  # and what a rank keeps for them, whatever the sum's size
+AHEAD = 2  # buckets that are begun before the first of them has come
+DIRECT = False
+
+
+class Flight(Protocol):
+    """Messages under way."""
+
+    def begin(self, sends: Trade, receives: Trade, tag: int) -> object: ...
+
+    def wait(self, ticket: object) -> None: ...
 
 
 class Messages(Protocol):
@@ -29,9 +44,27 @@ class Messages(Protocol):
 
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None: ...
 
-    def trade(self, sends: Trade, receives: Trade) -> None: ...
+    def flight(self) -> AbstractContextManager[Flight]: ...
 
-    def meet(self, nbytes: int) -> None: ...
+    def meet(self, nbytes: int, among: Sequence[int] | None = None) -> None: ...
+
+
+class Bucket(NamedTuple):
+    """A part of a lane that travels at a time.
+
+    Attributes
+    ----------
+    peers : list of int
+        The lane's keepers, by host.
+    dtype : numpy.dtype
+        Of which values it is.
+    pieces : list of slice
+        What each host adds up of it.
+    """
+
+    peers: list[int]
+    dtype: DType
+    pieces: list[slice]
 
 
 class Network:
@@ -44,6 +77,7 @@ class Network:
         self._lanes = max(len(ranks) for ranks in board.hosts)
         ranks = board.hosts[board.host]
         self._own = [lane for lane in range(self._lanes) if lane % len(ranks) == board.place]
+        self._buffers = np.empty(0, np.uint8)
 
     def _keeper(self, host: int, lane: int) -> int:
         ranks = self._hosts[host]
@@ -59,42 +93,82 @@ class Network:
 
     def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         total, *parts = self._near.meet(form, pool, mine, large=True)
-        self._messages.meet(form.nbytes)
-        plan = _plan(there, self._hosts, self._host)
-        others = [host for host in range(len(self._hosts)) if host != self._host]
-        sends: Trade = []
-        receives: Trade = []
-        # Lane, what is cut into pieces, these, and the sums that each host has for our piece.
-        work: list[tuple[int, Array, list[slice], list[list[Array]]]] = []
+        hosts, host = len(self._hosts), self._host
+        others = [number for number in range(hosts) if number != host]
+        plan = _plan(there, self._hosts, host)
         for lane in self._own:
-            for dtype, whole in total.flat.items():
-                pieces = self._pieces(len(whole), lane, whole.itemsize)
-                sums = [[np.empty_like(whole[pieces[self._host]]) for _ in range(n)] for n in plan.counts]
-                for host, piece in enumerate(pieces):
-                    rows = sums[host] if host == self._host else [np.empty_like(whole[piece]) for _ in plan.own]
-                    for (indices, tree), row in zip(plan.own, rows, strict=True):
-                        add_up(tree, [parts[i].flat[dtype][piece] for i in indices], row)
-                    if host != self._host:
-                        sends += [(self._keeper(host, lane), row) for row in rows]
-                        receives += [(self._keeper(host, lane), row) for row in sums[host]]
-                work.append((lane, whole, pieces, sums))
-        self._messages.trade(sends, receives)
-        sends, receives = [], []
-        for lane, whole, pieces, sums in work:
-            out = whole[pieces[self._host]]
-            add_up(plan.tree, [sums[host][i] for host, i in plan.order], out)
-            sends += [(self._keeper(host, lane), out) for host in others]
-            receives += [(self._keeper(host, lane), whole[pieces[host]]) for host in others]
-        self._messages.trade(sends, receives)
+            self._messages.meet(form.nbytes, [self._keeper(number, lane) for number in range(hosts)])
+        # What a bucket needs at most on any host: its own sums for each other host, and theirs.
+        rows = max(n * (1 if DIRECT else hosts - 1) + sum(plan.counts) - n for n in plan.counts)
+        piece_bytes = min(PIECE_BYTES, BUFFER_BYTES // (rows * (AHEAD + 1)))
+        if not len(self._buffers):
+            self._buffers = np.empty(BUFFER_BYTES, np.uint8)
+        waiting: deque[tuple[Bucket, object, list[list[Array]]]] = deque()
+
+        def complete() -> None:
+            bucket, ticket, sums = waiting.popleft()
+            flight.wait(ticket)
+            flat = total.flat[bucket.dtype]
+            piece = bucket.pieces[host]
+            own = [part.flat[bucket.dtype][piece] for part in parts]
+            out = flat[piece]
+            add_up(plan.tree, [own[i] if number == host else sums[number][i] for number, i in plan.order], out)
+            if not DIRECT:
+                flight.begin(
+                    [(bucket.peers[other], out) for other in others],
+                    [(bucket.peers[other], flat[bucket.pieces[other]]) for other in others],
+                    FILL_TAG,
+                )
+
+        with self._messages.flight() as flight:
+            for number, bucket in enumerate(self._buckets(total, piece_bytes)):
+                start = number % (AHEAD + 1) * (rows * piece_bytes)
+                if len(waiting) > AHEAD:
+                    complete()
+                place = start
+
+                def row(piece: slice) -> Array:
+                    nonlocal place
+                    length = piece.stop - piece.start
+                    begin, place = place, place + -(-length * bucket.dtype.itemsize // 64) * 64
+                    return self._buffers[begin : begin + length * bucket.dtype.itemsize].view(bucket.dtype)
+
+                sends: Trade = []
+                for other in others:
+                    piece = bucket.pieces[other]
+                    for indices, tree in plan.own:
+                        if isinstance(tree, int):
+                            own = parts[indices[tree]].flat[bucket.dtype][piece]
+                        else:
+                            if DIRECT and other != others[0]:
+                                raise RuntimeError
+                            own = row(piece)
+                            add_up(tree, [parts[i].flat[bucket.dtype][piece] for i in indices], own)
+                        sends.append((bucket.peers[other], own))
+                sums = [[] if n == host else [row(bucket.pieces[host]) for _ in range(plan.counts[n])] for n in range(hosts)]
+                receives = [(bucket.peers[n], s) for n in others for s in sums[n]]
+                waiting.append((bucket, flight.begin(sends, receives, PART_TAG), sums))
+            while waiting:
+                complete()
         self._near.board.meet()
         return total
 
-    def _pieces(self, length: int, lane: int, itemsize: int) -> list[slice]:
-        """Return what each host adds up of a lane."""
-        begin, end = cut(length, self._lanes, lane, itemsize)
-        hosts = len(self._hosts)
-        cuts = [cut(end - begin, hosts, host, itemsize) for host in range(hosts)]
-        return [slice(begin + start, begin + stop) for start, stop in cuts]
+    def _buckets(self, total: Slot, piece_bytes: int) -> Iterator[Bucket]:
+        """Yield those of this rank's lanes; in one order for all lanes, so that keepers of several don't wait for each other."""
+        hosts = range(len(self._hosts))
+        for dtype, flat in total.flat.items():
+            lanes = [cut(len(flat), self._lanes, lane, dtype.itemsize) for lane in range(self._lanes)]
+            longest = -(-max(stop - start for start, stop in lanes) * dtype.itemsize // 64)
+            count = -(-longest // ((1 if DIRECT else len(hosts)) * (piece_bytes // 64)))
+            for number in range(count):
+                for lane in self._own:
+                    begin, end = lanes[lane]
+                    start, stop = cut(end - begin, count, number, dtype.itemsize)
+                    cuts = [cut(stop - start, len(hosts), host, dtype.itemsize) for host in hosts]
+                    pieces = [slice(begin + start + a, begin + start + b) for a, b in cuts]
+                    if DIRECT:
+                        pieces = [slice(begin + start, begin + stop)] * 2
+                    yield Bucket([self._keeper(host, lane) for host in hosts], dtype, pieces)
 
 
 class Plan(NamedTuple):
@@ -127,10 +201,11 @@ def _plan(there: There, hosts: tuple[tuple[int, ...], ...], host: int) -> Plan:
         for number, own in enumerate(parts)
     ]
     within = [[i for i, node in enumerate(parts[host]) if root.start <= node.start < root.stop] for root in roots[host]]
-    order = sorted((node.start, number, i) for number, nodes in enumerate(roots) for i, node in enumerate(nodes))
+    nodes = [*roots[:host], parts[host], *roots[host + 1 :]]
+    order = sorted((node.start, number, i) for number, there in enumerate(nodes) for i, node in enumerate(there))
     return Plan(
         tuple(len(nodes) for nodes in roots),
         tuple((indices, pairs(parts[host][i] for i in indices)) for indices in within),
         tuple((number, i) for _, number, i in order),
-        pairs(roots[number][i] for _, number, i in order),
+        pairs(nodes[number][i] for _, number, i in order),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from hpc_elastic import reduce
 from hpc_elastic.comm import board
 from hpc_elastic.comm.board import Board
+from hpc_elastic.comm.messages import FILL_TAG, PART_TAG
 from hpc_elastic.comm.waiting import Lost, Watch
 from hpc_elastic.errors import StepError
 from hpc_elastic.model import Member
 
 LIMIT_S = 20
+TAGS = FILL_TAG, PART_TAG
 
 
 class FakeWorld:
@@ -32,7 +35,7 @@ class FakeWorld:
         self.hosts = hosts
         self.barrier = threading.Barrier(size, timeout=LIMIT_S)
         self.board = [None] * size
-        self.mail = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
+        self.mail = {(a, b, tag): queue.SimpleQueue() for a in range(size) for b in range(size) for tag in TAGS}
 
     def run(self, body):
         """Return what ``body(ranks)`` returns on every rank; raise what one of them raises."""
@@ -75,8 +78,9 @@ class FakeRanks:
         self.world.barrier.wait()
         return board
 
-    def meet(self, nbytes):
-        assert set(self._meet(nbytes)) == {nbytes}, "ranks that don't agree would wait for each other"
+    def meet(self, nbytes, among):
+        """They would wait for each other: that all do so alike is seen when trades come."""
+        assert self.rank in among
 
     def barrier(self, among):
         """Stand in for a barrier of some by one of all: in the sum they all come."""
@@ -95,14 +99,33 @@ class FakeRanks:
         assert all(part.dtype == out.dtype for part, _ in board)
         out[...] = np.concatenate([part for part, _ in board])
 
-    def trade(self, sends, receives):
+    @contextmanager
+    def flight(self):
+        flight = FakeFlight(self)
+        yield flight
+        for receives in flight.under_way:
+            flight.wait(receives)
+
+
+class FakeFlight:
+    """Messages between the threads, by tag."""
+
+    def __init__(self, ranks):
+        self.mail, self.rank = ranks.world.mail, ranks.rank
+        self.under_way = []
+
+    def begin(self, sends, receives, tag):
         for rank, array in sends:
             assert array.flags.c_contiguous
             if array.nbytes:
-                self.world.mail[self.rank, rank].put(array.copy())
-        for rank, array in receives:
-            if array.nbytes:
-                array[...] = self.world.mail[rank, self.rank].get(timeout=LIMIT_S)
+                self.mail[self.rank, rank, tag].put(array.copy())
+        self.under_way.append([(rank, array, tag) for rank, array in receives if array.nbytes])
+        return self.under_way[-1]
+
+    def wait(self, receives):
+        while receives:
+            rank, array, tag = receives.pop(0)
+            array[...] = self.mail[rank, self.rank, tag].get(timeout=LIMIT_S)
 
 
 def tree_sum(values):
