@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from ..model import Move
 from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
-from .waiting import Watch, keep
+from .waiting import BYTES_PER_S, YIELD_S, Watch, keep
 
 Array = NDArray[np.generic]
 NOTHING = bytearray()
 PAIR = 2
+# Who waits for one of many messages, and knows that the others send, polls for so long without pauses.
+STEADY_S = 0.1
 LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
 
 
@@ -146,9 +148,12 @@ class Collectives:
     # --- messages -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def flight(self) -> Iterator[Flight]:
-        """Have messages under way, several trades at a time; all have come when the block is left."""
-        flight = Flight(self.comm, self.watch)
+    def flight(self, nbytes: int) -> Iterator[Flight]:
+        """Have messages under way, several trades at a time; all have come when the block is left.
+
+        Ranks that will move `nbytes` bytes in all have met before, if that is much.
+        """
+        flight = Flight(self.comm, self.watch, STEADY_S if nbytes >= LARGE_BYTES else YIELD_S + nbytes / BYTES_PER_S)
         try:
             yield flight
             flight.wait(flight.requests)
@@ -158,7 +163,6 @@ class Collectives:
 
     def _trade(self, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int) -> None:
         """Send bytes to ranks and receive others from ranks; where there are none, nothing travels."""
-
         nbytes = sum(part.nbytes for _, part in sends) + sum(place.nbytes for _, place in receives)
         self.watch.requests(_begun(self.comm, sends, receives, tag), nbytes)
 
@@ -166,13 +170,19 @@ class Collectives:
 class Flight:
     """Messages under way.
 
+    Parameters
+    ----------
+    busy_s : float
+        For how long a wait for some of them polls without pauses.
+
     Attributes
     ----------
     requests : list of mpi4py.MPI.Request
         All of them.
     """
 
-    def __init__(self, comm: MPI.Intracomm, watch: Watch) -> None:
+    def __init__(self, comm: MPI.Intracomm, watch: Watch, busy_s: float) -> None:
+        self._busy_s = busy_s
         self._comm = comm
         self._watch = watch
         self.requests: list[MPI.Request] = []
@@ -189,9 +199,8 @@ class Flight:
 
     def wait(self, requests: list[MPI.Request]) -> None:
         """Wait for some of them."""
-        self._watch.finish(requests, NB)
+        self._watch.finish(requests, self._busy_s)
 
-NB = 4 << 20
 
 def _begun(
     comm: MPI.Intracomm, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int

@@ -199,7 +199,7 @@ class Watch:
         requests: list[MPI.Request] = []
         try:
             self.begin(begun, requests)
-            self.finish(requests, nbytes, look)
+            self.finish(requests, YIELD_S + nbytes / BYTES_PER_S, look)
         except BaseException:
             keep(requests)
             raise
@@ -212,8 +212,8 @@ class Watch:
                 time.sleep(CHECK_EVERY_S)
             requests.extend(begun)
 
-    def finish(self, requests: list[MPI.Request], nbytes: int = 0, look: Callable[[], None] | None = None) -> None:
-        """Wait for operations that have begun."""
+    def finish(self, requests: list[MPI.Request], busy_s: float = YIELD_S, look: Callable[[], None] | None = None) -> None:
+        """Wait for operations that have begun, for `busy_s` seconds without pauses."""
 
         def done() -> bool:
             if MPI.Request.Testall(requests):
@@ -223,7 +223,7 @@ class Watch:
             return False
 
         with self.blame():
-            self.until(done, busy_s=YIELD_S + nbytes / BYTES_PER_S)
+            self.until(done, busy_s=busy_s)
 
     @contextlib.contextmanager
     def blame(self, kind: type[Exception] = MPI.Exception) -> Iterator[None]:

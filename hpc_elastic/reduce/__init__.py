@@ -10,9 +10,10 @@ import numpy as np
 
 from ..arrays.host import flatten, is_float
 from ..comm.board import Board
-from ..errors import StepError
+from ..errors import ConfigError, StepError
 from ..partition import block
 from .form import Form, Pool, Slot
+from .half import plus, store, wire_of
 from .library import Library, Reducing
 from .network import Messages, Network
 from .node import OneHost, Transport
@@ -43,9 +44,14 @@ class Sum:
         Returns the ranks of the current generation.
     exact : bool
         False takes MPI's own sum, in whatever order.
+    wire : str, optional
+        Name of the precision to which wider floating-point values are rounded: see `half`.
     """
 
-    def __init__(self, leaves: int, ranks: Callable[[], Ranks], *, exact: bool = True) -> None:
+    def __init__(self, leaves: int, ranks: Callable[[], Ranks], *, exact: bool = True, wire: str | None = None) -> None:
+        if wire is not None and not exact:
+            raise ConfigError("wire needs exact=True: MPI adds up in the arrays' own precision")
+        self._wire = wire_of(wire)
         self._exact = exact
         self._leaves = leaves
         self._ranks = ranks
@@ -66,7 +72,7 @@ class Sum:
 
     def _combine(self, left: Slot, right: Slot) -> Slot:
         for dtype, values in left.flat.items():
-            np.add(values, right.flat[dtype], out=values)
+            plus(values, right.flat[dtype], values)
         self._slots.give([right])
         return left
 
@@ -82,7 +88,7 @@ class Sum:
         arrays, structure = flatten(values)
         key = structure, tuple((a.shape, a.dtype) for a in arrays), tuple(metrics)
         if self._form is None:
-            self._form = Form(*key)
+            self._form = Form(*key, self._wire)
         form = self._form
         if key != form.key:
             raise StepError(
@@ -92,10 +98,7 @@ class Sum:
             )
         slot = self._slots.take()
         for array, target in zip((*arrays, np.array(list(metrics.values()))), slot.arrays, strict=True):
-            if is_float(array.dtype):
-                np.multiply(array, array.dtype.type(weight), out=target)
-            else:
-                np.copyto(target, array)
+            store(array, weight if is_float(array.dtype) else None, target)
         if self._tree is None:
             self._tree = TreeSum(self._combine, self.interval[0])
         self._tree.feed(Node(0, index), slot)
@@ -149,7 +152,8 @@ class Sum:
         form, total = self._form, self._total
         assert form is not None
         assert total is not None
-        return form.structure.build(iter(total.results)), dict(zip(form.metrics, total.results[-1].tolist(), strict=True))
+        results = form.results(total)
+        return form.structure.build(iter(results)), dict(zip(form.metrics, results[-1].tolist(), strict=True))
 
     def _agreed(self, ranks: Ranks, there: There) -> Form:
         """Return the form. A newcomer that has no share of its first step, a small last batch, gets it from the others."""
@@ -158,6 +162,7 @@ class Sum:
             told = pickle.dumps(self._form.key) if self._form is not None and ranks.rank == source else b""
             heard = ranks.gather_all(told)[source]
             if self._form is None:
-                self._form = Form(*pickle.loads(heard))  # noqa: S301  from a rank of this very job
+                structure, arrays, metrics = pickle.loads(heard)  # noqa: S301  from a rank of this very job
+                self._form = Form(structure, arrays, metrics, self._wire)
         assert self._form is not None
         return self._form

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..arrays.host import Array, Structure, name_of
 from ..comm.segments import Bytes, Segment
+from .half import kept_as, load
 
 ALIGN_BYTES = 64
 DType = np.dtype[Any]
@@ -42,6 +43,13 @@ class Slot(NamedTuple):
 class Form:
     """Where each array lies; metrics lie behind the float64 ones.
 
+    Parameters
+    ----------
+    structure, arrays, metrics
+        How arrays are nested, shape and dtype of each, and names.
+    wire : numpy.dtype, optional
+        As what wider floating-point values are added up.
+
     Attributes
     ----------
     nbytes : int
@@ -51,16 +59,21 @@ class Form:
     """
 
     def __init__(
-        self, structure: Structure, arrays: tuple[tuple[tuple[int, ...], DType], ...], metrics: tuple[str, ...]
+        self,
+        structure: Structure,
+        arrays: tuple[tuple[tuple[int, ...], DType], ...],
+        metrics: tuple[str, ...],
+        wire: DType | None = None,
     ) -> None:
         self.key = structure, arrays, metrics
         self.structure = structure
         self.metrics = metrics
-        told = [*((shape, name_of(dtype)) for shape, dtype in arrays), *metrics]
+        told = [*((shape, name_of(dtype)) for shape, dtype in arrays), *metrics, wire]
         self.digest = zlib.crc32(repr(told).encode())
         self._places: list[tuple[DType, slice, tuple[int, ...]]] = []
         lengths: dict[DType, int] = {}
-        for shape, dtype in (*arrays, ((len(metrics),), np.dtype(np.float64))):
+        kept = [(shape, kept_as(dtype, wire)) for shape, dtype in arrays]
+        for shape, dtype in (*kept, ((len(metrics),), np.dtype(np.float64))):
             start = lengths.get(dtype, 0)
             lengths[dtype] = start + math.prod(shape)
             self._places.append((dtype, slice(start, lengths[dtype]), shape))
@@ -70,6 +83,24 @@ class Form:
             stop = self.nbytes + length * dtype.itemsize
             self._cuts.append((dtype, slice(self.nbytes, stop)))
             self.nbytes = -(-stop // ALIGN_BYTES) * ALIGN_BYTES
+
+    @cached_property
+    def _wide(self) -> list[Array | None]:
+        """Arrays of this process for results of which the sums are narrower."""
+        kept = [dtype for dtype, _, _ in self._places]
+        return [
+            np.empty(shape, dtype) if dtype != own else None
+            for (shape, dtype), own in zip(self.key[1], kept[:-1], strict=True)
+        ]
+
+    def results(self, total: Slot) -> list[Array]:
+        """Return the arrays in `total` and the metrics, read-only, each with the dtype that it was given with."""
+        found = list(total.results)
+        for number, wide in enumerate(self._wide):
+            if wide is not None:
+                load(total.arrays[number], wide)
+                found[number] = _read_only(wide)
+        return found
 
     def new(self) -> Slot:
         """Return memory of this process alone."""
@@ -104,6 +135,7 @@ class Pool:
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._result: Slot | None = None
+        self._given_up: list[Slot] = []
 
     @cached_property
     def own(self) -> Slot:
@@ -120,7 +152,7 @@ class Pool:
 
     def recall(self, spared: Iterable[Slot]) -> None:
         """Take all slots back, wherever they are, but those `spared`."""
-        kept = {slot.offset for slot in (*spared, self._result) if slot is not None}
+        kept = {slot.offset for slot in (*spared, *self._given_up, self._result) if slot is not None}
         self._free = [slot for slot in self._slots if slot.offset not in kept]
 
     def result(self) -> Slot:
@@ -128,6 +160,12 @@ class Pool:
         if self._result is None:
             self._result = self.take()
         return self._result
+
+    def give_result_up(self) -> None:
+        """Have another slot for results: the messages of a lost rank's may still come into this one."""
+        if self._result is not None:
+            self._given_up.append(self._result)
+            self._result = None
 
     def _new(self) -> Slot:
         nbytes = max(self._form.nbytes, ALIGN_BYTES)

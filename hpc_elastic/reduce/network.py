@@ -1,40 +1,43 @@
 """The sum over ranks of several hosts: partial sums of hosts travel as messages, a piece of them to each host.
 
-The array is cut into lanes, as many as the largest host has ranks. For each lane one rank of every host, its *keeper*, adds
-up what its host has, and trades pieces of that with the keepers of the other hosts.
+A keeper of a lane (see `lanes`) adds up what its host has of it, and trades pieces of that with the keepers on the other
+hosts: each adds up one piece of all of them, and they trade the results. That goes bucket by bucket. While the messages of
+some travel, the next one is added up, in memory that is used again.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from itertools import cycle
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..arrays.host import Array
 from ..comm.board import Board
 from ..comm.messages import FILL_TAG, PART_TAG
+from ..comm.segments import Bytes
 from .adding import add_up
-from .form import DType, Form, Pool, Slot
-from .node import Near, cut, whole_sum
-from .order import There, Tree, pairs, united
+from .form import ALIGN_BYTES, DType, Form, Pool, Slot
+from .lanes import Plan, buckets, plan_of
+from .node import Near, whole_sum
+from .order import There
 
 Trade = list[tuple[int, Array]]
-PIECE_BYTES = 1 << 20  # the most that one message carries of a large sum
-BUFFER_BYTES = 16 << 20  # and what a rank keeps for them, whatever the sum's size
-AHEAD = 2  # buckets that are begun before the first of them has come
-DIRECT = False
+UNDER_WAY = 4  # buckets
+ROOM_BYTES = 2 << 20  # for each: what comes from others, and sums that go to them
+PIECE_BYTES = 1 << 20  # the longest message: the wait for it gives the core away only when nothing comes (`Flight`)
 
 
 class Flight(Protocol):
     """Messages under way."""
 
-    def begin(self, sends: Trade, receives: Trade, tag: int) -> object: ...
+    def begin(self, sends: Trade, receives: Trade, tag: int) -> Any: ...
 
-    def wait(self, ticket: object) -> None: ...
+    def wait(self, begun: Any) -> None: ...
 
 
 class Messages(Protocol):
@@ -44,27 +47,9 @@ class Messages(Protocol):
 
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None: ...
 
-    def flight(self) -> AbstractContextManager[Flight]: ...
+    def meet(self, nbytes: int, among: Sequence[int]) -> None: ...
 
-    def meet(self, nbytes: int, among: Sequence[int] | None = None) -> None: ...
-
-
-class Bucket(NamedTuple):
-    """A part of a lane that travels at a time.
-
-    Attributes
-    ----------
-    peers : list of int
-        The lane's keepers, by host.
-    dtype : numpy.dtype
-        Of which values it is.
-    pieces : list of slice
-        What each host adds up of it.
-    """
-
-    peers: list[int]
-    dtype: DType
-    pieces: list[slice]
+    def flight(self, nbytes: int) -> AbstractContextManager[Flight]: ...
 
 
 class Network:
@@ -74,14 +59,12 @@ class Network:
         self._near = Near(board)
         self._messages = messages
         self._hosts, self._host = board.hosts, board.host
-        self._lanes = max(len(ranks) for ranks in board.hosts)
-        ranks = board.hosts[board.host]
-        self._own = [lane for lane in range(self._lanes) if lane % len(ranks) == board.place]
-        self._buffers = np.empty(0, np.uint8)
+        ranks, lanes = board.hosts[board.host], max(len(ranks) for ranks in board.hosts)
+        self._lanes = [lane for lane in range(lanes) if lane % len(ranks) == board.place]
 
-    def _keeper(self, host: int, lane: int) -> int:
-        ranks = self._hosts[host]
-        return ranks[lane % len(ranks)]
+    @cached_property
+    def _buffers(self) -> Bytes:
+        return np.empty((UNDER_WAY, ROOM_BYTES), np.uint8)
 
     def small(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         counts = [len(nodes) * form.nbytes for nodes in there]
@@ -93,119 +76,93 @@ class Network:
 
     def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         total, *parts = self._near.meet(form, pool, mine, large=True)
-        hosts, host = len(self._hosts), self._host
-        others = [number for number in range(hosts) if number != host]
-        plan = _plan(there, self._hosts, host)
-        for lane in self._own:
-            self._messages.meet(form.nbytes, [self._keeper(number, lane) for number in range(hosts)])
-        # What a bucket needs at most on any host: its own sums for each other host, and theirs.
-        rows = max(n * (1 if DIRECT else hosts - 1) + sum(plan.counts) - n for n in plan.counts)
-        piece_bytes = min(PIECE_BYTES, BUFFER_BYTES // (rows * (AHEAD + 1)))
-        if not len(self._buffers):
-            self._buffers = np.empty(BUFFER_BYTES, np.uint8)
-        waiting: deque[tuple[Bucket, object, list[list[Array]]]] = deque()
-
-        def complete() -> None:
-            bucket, ticket, sums = waiting.popleft()
-            flight.wait(ticket)
-            flat = total.flat[bucket.dtype]
-            piece = bucket.pieces[host]
-            own = [part.flat[bucket.dtype][piece] for part in parts]
-            out = flat[piece]
-            add_up(plan.tree, [own[i] if number == host else sums[number][i] for number, i in plan.order], out)
-            if not DIRECT:
-                flight.begin(
-                    [(bucket.peers[other], out) for other in others],
-                    [(bucket.peers[other], flat[bucket.pieces[other]]) for other in others],
-                    FILL_TAG,
-                )
-
-        with self._messages.flight() as flight:
-            for number, bucket in enumerate(self._buckets(total, piece_bytes)):
-                start = number % (AHEAD + 1) * (rows * piece_bytes)
-                if len(waiting) > AHEAD:
-                    complete()
-                place = start
-
-                def row(piece: slice) -> Array:
-                    nonlocal place
-                    length = piece.stop - piece.start
-                    begin, place = place, place + -(-length * bucket.dtype.itemsize // 64) * 64
-                    return self._buffers[begin : begin + length * bucket.dtype.itemsize].view(bucket.dtype)
-
-                sends: Trade = []
-                for other in others:
-                    piece = bucket.pieces[other]
-                    for indices, tree in plan.own:
-                        if isinstance(tree, int):
-                            own = parts[indices[tree]].flat[bucket.dtype][piece]
-                        else:
-                            if DIRECT and other != others[0]:
-                                raise RuntimeError
-                            own = row(piece)
-                            add_up(tree, [parts[i].flat[bucket.dtype][piece] for i in indices], own)
-                        sends.append((bucket.peers[other], own))
-                sums = [[] if n == host else [row(bucket.pieces[host]) for _ in range(plan.counts[n])] for n in range(hosts)]
-                receives = [(bucket.peers[n], s) for n in others for s in sums[n]]
-                waiting.append((bucket, flight.begin(sends, receives, PART_TAG), sums))
-            while waiting:
-                complete()
-        self._near.board.meet()
+        keepers = {lane: [ranks[lane % len(ranks)] for ranks in self._hosts] for lane in self._lanes}
+        for ranks in keepers.values():
+            self._messages.meet(form.nbytes, ranks)
+        plan = plan_of(there, self._hosts, self._host)
+        piece_bytes = max(ALIGN_BYTES, min(PIECE_BYTES, ROOM_BYTES // plan.rows))
+        rooms = cycle(self._buffers)
+        under_way: deque[Crossing] = deque()
+        try:
+            with self._messages.flight(form.nbytes) as flight:
+                for dtype, whole in total.flat.items():
+                    own = [part.flat[dtype] for part in parts]
+                    for bucket in buckets(len(whole), dtype.itemsize, self._hosts, self._lanes, piece_bytes):
+                        if len(under_way) == UNDER_WAY:
+                            under_way.popleft().finish()
+                        crossing = Crossing(flight, plan, bucket.pieces, keepers[bucket.lane], self._host, own, whole)
+                        crossing.begin(next(rooms))
+                        under_way.append(crossing)
+                while under_way:
+                    under_way.popleft().finish()
+            self._near.board.meet()
+        except BaseException:
+            pool.give_result_up()
+            raise
         return total
 
-    def _buckets(self, total: Slot, piece_bytes: int) -> Iterator[Bucket]:
-        """Yield those of this rank's lanes; in one order for all lanes, so that keepers of several don't wait for each other."""
-        hosts = range(len(self._hosts))
-        for dtype, flat in total.flat.items():
-            lanes = [cut(len(flat), self._lanes, lane, dtype.itemsize) for lane in range(self._lanes)]
-            longest = -(-max(stop - start for start, stop in lanes) * dtype.itemsize // 64)
-            count = -(-longest // ((1 if DIRECT else len(hosts)) * (piece_bytes // 64)))
-            for number in range(count):
-                for lane in self._own:
-                    begin, end = lanes[lane]
-                    start, stop = cut(end - begin, count, number, dtype.itemsize)
-                    cuts = [cut(stop - start, len(hosts), host, dtype.itemsize) for host in hosts]
-                    pieces = [slice(begin + start + a, begin + start + b) for a, b in cuts]
-                    if DIRECT:
-                        pieces = [slice(begin + start, begin + stop)] * 2
-                    yield Bucket([self._keeper(host, lane) for host in hosts], dtype, pieces)
+
+class Crossing:
+    """A bucket on its way: from partial sums of this host, its `own`, and those of others to a part of the `whole` one."""
+
+    def __init__(
+        self,
+        flight: Flight,
+        plan: Plan,
+        pieces: Sequence[slice],
+        keepers: Sequence[int],
+        host: int,
+        own: Sequence[Array],
+        whole: Array,
+    ) -> None:
+        self._flight, self._plan, self._host = flight, plan, host
+        self._pieces, self._own, self._whole = pieces, own, whole
+        self._peers = [(number, rank) for number, rank in enumerate(keepers) if number != host]
+        self._sums: dict[int, list[Array]] = {}  # of the others, for this host's piece
+        self._begun: Any = None
+
+    def begin(self, memory: Bytes) -> None:
+        """Send every host this one's sums of its piece, and be ready for theirs."""
+        room = Room(memory)
+        sends: Trade = []
+        for number, rank in self._peers:
+            piece = self._pieces[number]
+            for indices, tree in self._plan.own:
+                operands = [self._own[i][piece] for i in indices]
+                if isinstance(tree, int):
+                    sum_of = operands[tree]  # it is sent from where it lies
+                else:
+                    sum_of = room.take(len(operands[0]), self._whole.dtype)
+                    add_up(tree, operands, sum_of)
+                sends.append((rank, sum_of))
+        length = len(self._whole[self._pieces[self._host]])
+        self._sums = {
+            number: [room.take(length, self._whole.dtype) for _ in range(self._plan.counts[number])]
+            for number, _ in self._peers
+        }
+        receives = [(rank, sum_of) for number, rank in self._peers for sum_of in self._sums[number]]
+        self._begun = self._flight.begin(sends, receives, PART_TAG)
+
+    def finish(self) -> None:
+        """When they have come, add up this host's piece, and trade it with the others for theirs."""
+        self._flight.wait(self._begun)
+        piece = self._pieces[self._host]
+        operands = [self._own[i][piece] if number == self._host else self._sums[number][i] for number, i in self._plan.order]
+        add_up(self._plan.tree, operands, self._whole[piece])
+        sends = [(rank, self._whole[piece]) for _, rank in self._peers]
+        receives = [(rank, self._whole[self._pieces[number]]) for number, rank in self._peers]
+        self._flight.begin(sends, receives, FILL_TAG)
 
 
-class Plan(NamedTuple):
-    """Who has which sums, and how they are added up.
+class Room:
+    """Memory from which arrays are taken, one behind the other."""
 
-    Attributes
-    ----------
-    counts : tuple of int
-        How many sums each host has.
-    own : tuple of (list of int, Tree)
-        For each sum of this host: which of its ranks' partial sums it is made of, and how.
-    order : tuple of (int, int)
-        Host and number of each sum, in the order of the leaves.
-    tree : Tree
-        How these are added up.
-    """
+    def __init__(self, memory: Bytes) -> None:
+        self._memory = memory
 
-    counts: tuple[int, ...]
-    own: tuple[tuple[list[int], Tree], ...]
-    order: tuple[tuple[int, int], ...]
-    tree: Tree
-
-
-@lru_cache(maxsize=8)
-def _plan(there: There, hosts: tuple[tuple[int, ...], ...], host: int) -> Plan:
-    leaves = max(node.stop for nodes in there for node in nodes)
-    parts = [[node for rank in ranks for node in there[rank]] for ranks in hosts]
-    roots = [
-        united(own, [node for i, nodes in enumerate(parts) if i != number for node in nodes], leaves)
-        for number, own in enumerate(parts)
-    ]
-    within = [[i for i, node in enumerate(parts[host]) if root.start <= node.start < root.stop] for root in roots[host]]
-    nodes = [*roots[:host], parts[host], *roots[host + 1 :]]
-    order = sorted((node.start, number, i) for number, there in enumerate(nodes) for i, node in enumerate(there))
-    return Plan(
-        tuple(len(nodes) for nodes in roots),
-        tuple((indices, pairs(parts[host][i] for i in indices)) for indices in within),
-        tuple((number, i) for _, number, i in order),
-        pairs(nodes[number][i] for _, number, i in order),
-    )
+    def take(self, length: int, dtype: DType) -> Array:
+        """Return an array of so many elements."""
+        nbytes = length * dtype.itemsize
+        array: Array = self._memory[:nbytes].view(dtype)
+        self._memory = self._memory[-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES :]
+        return array

@@ -138,7 +138,15 @@ class Job:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     def steps(
-        self, data: Samples, epochs: int, batch: int, *, shuffle: bool = True, seed: int | None = None, exact: bool = True
+        self,
+        data: Samples,
+        epochs: int,
+        batch: int,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+        exact: bool = True,
+        wire: str | None = None,
     ) -> Iterator[Step]:
         """Yield the steps of `epochs` passes over `data`; each turn is a resize point.
 
@@ -159,16 +167,21 @@ class Job:
             Seed of the order; the setting ``seed`` by default.
         exact : bool
             False adds up as MPI does: then the last bits depend on the number of ranks, the library and the hosts.
+        wire : "bfloat16" or "float16", optional
+            Floating-point arrays are added up with two bytes a value, so that half of the bytes travel between hosts. Each
+            value and each result of an addition is rounded to the nearest: the bits are others than without, but the same
+            at any number of ranks.
 
         Raises
         ------
         ConfigError
-            If there are fewer samples in a batch than microbatches, or more ranks allowed than microbatches.
+            If there are fewer samples in a batch than microbatches, more ranks allowed than microbatches, or `wire` is
+            something else or given with ``exact=False``.
         """
         leaves = self.session.config.microbatches
         per_epoch = count_steps(len(data), epochs, batch, self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
-        total = Sum(leaves, self.membership.joined, exact=exact)
+        total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
         for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
             cursor = loop.here.cursor

@@ -78,7 +78,7 @@ class FakeRanks:
         self.world.barrier.wait()
         return board
 
-    def meet(self, nbytes, among):
+    def meet(self, _nbytes, among):
         """They would wait for each other: that all do so alike is seen when trades come."""
         assert self.rank in among
 
@@ -100,7 +100,7 @@ class FakeRanks:
         out[...] = np.concatenate([part for part, _ in board])
 
     @contextmanager
-    def flight(self):
+    def flight(self, _nbytes):
         flight = FakeFlight(self)
         yield flight
         for receives in flight.under_way:
