@@ -22,7 +22,8 @@ def test_on_ranks(n, tmp_path):
         "--rootdir",
         str(Path(__file__).parent.parent.parent),
     ]
-    command += ["--basetemp", str(tmp_path / "base"), str(Path(__file__).parent / "test_world.py")]
+    files = [Path(__file__).with_name(name) for name in ("test_world.py", "test_own_arrays.py")]
+    command += ["--basetemp", str(tmp_path / "base"), *map(str, files)]
     with Job(command, folder=tmp_path, limit_s=120, environ={UNDER_MPIEXEC: "1"}) as job:
         done = job.wait()
     assert done.code == 0, done.out + done.err
