@@ -1,4 +1,4 @@
-"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--state BYTES]."""
+"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--wire NAME] [--apart]."""
 
 import argparse
 import hashlib
@@ -8,6 +8,8 @@ import time
 import numpy as np
 
 import hpc_elastic as he
+from hpc_elastic import reduce
+from hpc_elastic.comm import board
 
 parser = argparse.ArgumentParser()
 parser.add_argument("shards")
@@ -17,7 +19,12 @@ parser.add_argument("--pause", type=float, default=0.0)
 parser.add_argument("--fail", default="")
 parser.add_argument("--how", default="raise")
 parser.add_argument("--warm", type=float, default=0.0)
+parser.add_argument("--wire")
+parser.add_argument("--apart", action="store_true")  # as if each rank were on a host of its own
 arguments = parser.parse_args()
+if arguments.apart:
+    board._page = lambda _pid, _card: None
+    reduce.SMALL_BYTES = 0
 
 
 def gradients(weights, micro):
@@ -40,7 +47,7 @@ def train(job):
         time.sleep(arguments.warm)  # stands for slow imports
     fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
     with he.open_shards(arguments.shards) as shards:
-        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch):
+        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch, wire=arguments.wire):
             if (job.rank, step.number) == (fail_rank, fail_step):
                 if arguments.how == "raise":
                     raise ValueError("deliberate failure")
