@@ -7,7 +7,7 @@ own collectives begin to send at any time. Here all is begun at once, when the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from ..model import Move
 from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
-from .waiting import BYTES_PER_S, YIELD_S, Watch, keep
+from .waiting import BYTES_PER_S, LARGE_BYTES, STEADY_S, YIELD_S, Watch, keep
 
 Array = NDArray[np.generic]
 NOTHING = bytearray()
 PAIR = 2
-# Who waits for one of many messages, and knows that the others send, polls for so long without pauses.
-STEADY_S = 0.1
-LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
+MEET_BYTES = 8 << 20  # from here on ranks meet before they trade in pieces: pauses slow only the first of these down
+PIECE_BYTES = 1 << 21  # no message is longer, so that it is seen whether bytes move
 
 
 class Collectives:
@@ -124,13 +123,10 @@ class Collectives:
 
     # --- meeting ------------------------------------------------------------------------------------------------------
 
-    def meet(self, nbytes: int, among: Sequence[int] | None = None) -> None:
-        """Wait for all ranks, or for those `among` them, with pauses, if what follows moves as much as `nbytes`.
-
-        All give the same.
-        """
+    def meet(self, nbytes: int) -> None:
+        """Wait for all ranks, with pauses, if what follows moves as much as `nbytes`, which all give alike."""
         if nbytes >= LARGE_BYTES:
-            self.barrier(among)
+            self.barrier()
 
     def barrier(self, among: Sequence[int] | None = None) -> None:
         """Wait for all ranks, or for those `among` them: in rounds, each hears of twice as many."""
@@ -148,12 +144,21 @@ class Collectives:
     # --- messages -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def flight(self, nbytes: int) -> Iterator[Flight]:
+    def flight(self, nbytes: int, circles: Iterable[Sequence[int]]) -> Iterator[Flight]:
         """Have messages under way, several trades at a time; all have come when the block is left.
 
-        Ranks that will move `nbytes` bytes in all have met before, if that is much.
+        Parameters
+        ----------
+        nbytes : int
+            How much the ranks move in all. If that is much they meet before.
+        circles : iterable of sequence of int
+            The ranks that trade with each other; who is in several has them in the same order as the others do.
         """
-        flight = Flight(self.comm, self.watch, STEADY_S if nbytes >= LARGE_BYTES else YIELD_S + nbytes / BYTES_PER_S)
+        meets = nbytes >= MEET_BYTES
+        if meets:
+            for ranks in circles:
+                self.barrier(ranks)
+        flight = Flight(self.comm, self.watch, STEADY_S if meets else YIELD_S + nbytes / BYTES_PER_S)
         try:
             yield flight
             flight.wait(flight.requests)
@@ -206,11 +211,11 @@ def _begun(
     comm: MPI.Intracomm, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int
 ) -> Iterator[MPI.Request]:
     for rank, place in receives:
-        if place.nbytes:
-            yield comm.Irecv(place, rank, tag)
+        for start in range(0, place.nbytes, PIECE_BYTES):
+            yield comm.Irecv(place[start : start + PIECE_BYTES], rank, tag)
     for rank, part in sends:
-        if part.nbytes:
-            yield comm.Isend(part, rank, tag)
+        for start in range(0, part.nbytes, PIECE_BYTES):
+            yield comm.Isend(part[start : start + PIECE_BYTES], rank, tag)
 
 
 def _bytes(array: Array) -> memoryview:

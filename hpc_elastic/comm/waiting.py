@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
 BYTES_PER_S = 0.5e9  # and as long as messages of many bytes may take: MPICH moves a little of them with every poll
+LARGE_BYTES = 1 << 20  # from here on each of the pieces of which messages consist may take
+STEADY_S = 0.1  # as long as that
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
 LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
@@ -93,6 +95,11 @@ def limited(limit_s: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def busy(nbytes: int) -> float:
+    """Return for how many seconds to poll without pauses for one message of several, with `nbytes` bytes in all."""
+    return YIELD_S + nbytes / BYTES_PER_S if nbytes < LARGE_BYTES else STEADY_S
 
 
 class Watch:
@@ -199,7 +206,7 @@ class Watch:
         requests: list[MPI.Request] = []
         try:
             self.begin(begun, requests)
-            self.finish(requests, YIELD_S + nbytes / BYTES_PER_S, look)
+            self.finish(requests, busy(nbytes), look)
         except BaseException:
             keep(requests)
             raise
@@ -213,17 +220,20 @@ class Watch:
             requests.extend(begun)
 
     def finish(self, requests: list[MPI.Request], busy_s: float = YIELD_S, look: Callable[[], None] | None = None) -> None:
-        """Wait for operations that have begun, for `busy_s` seconds without pauses."""
+        """Wait for operations that have begun; there are pauses when none of them has ended for `busy_s` seconds."""
+        left = True
 
-        def done() -> bool:
-            if MPI.Request.Testall(requests):
-                return True
-            if look is not None:
+        def some() -> bool:
+            nonlocal left
+            ended = MPI.Request.Testsome(requests)
+            left = ended is not None
+            if left and look is not None:
                 look()
-            return False
+            return ended is None or bool(ended)
 
         with self.blame():
-            self.until(done, busy_s=busy_s)
+            while left:
+                self.until(some, busy_s=busy_s)
 
     @contextlib.contextmanager
     def blame(self, kind: type[Exception] = MPI.Exception) -> Iterator[None]:

@@ -8,7 +8,7 @@ some travel, the next one is added up, in memory that is used again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import cycle
@@ -27,9 +27,9 @@ from .node import Near, whole_sum
 from .order import There
 
 Trade = list[tuple[int, Array]]
-UNDER_WAY = 4  # buckets
-ROOM_BYTES = 2 << 20  # for each: what comes from others, and sums that go to them
-PIECE_BYTES = 1 << 20  # the longest message: the wait for it gives the core away only when nothing comes (`Flight`)
+UNDER_WAY = 2  # buckets
+ROOM_BYTES = 4 << 20  # for each: what comes from others, and sums that go to them
+PIECE_BYTES = 2 << 20  # what a message carries at most
 
 
 class Flight(Protocol):
@@ -47,9 +47,7 @@ class Messages(Protocol):
 
     def all_parts(self, mine: Array, out: Array, counts: Sequence[int]) -> None: ...
 
-    def meet(self, nbytes: int, among: Sequence[int]) -> None: ...
-
-    def flight(self, nbytes: int) -> AbstractContextManager[Flight]: ...
+    def flight(self, nbytes: int, circles: Iterable[Sequence[int]]) -> AbstractContextManager[Flight]: ...
 
 
 class Network:
@@ -77,14 +75,12 @@ class Network:
     def large(self, form: Form, pool: Pool, mine: Sequence[Slot], there: There) -> Slot:
         total, *parts = self._near.meet(form, pool, mine, large=True)
         keepers = {lane: [ranks[lane % len(ranks)] for ranks in self._hosts] for lane in self._lanes}
-        for ranks in keepers.values():
-            self._messages.meet(form.nbytes, ranks)
         plan = plan_of(there, self._hosts, self._host)
         piece_bytes = max(ALIGN_BYTES, min(PIECE_BYTES, ROOM_BYTES // plan.rows))
         rooms = cycle(self._buffers)
         under_way: deque[Crossing] = deque()
         try:
-            with self._messages.flight(form.nbytes) as flight:
+            with self._messages.flight(form.nbytes, keepers.values()) as flight:
                 for dtype, whole in total.flat.items():
                     own = [part.flat[dtype] for part in parts]
                     for bucket in buckets(len(whole), dtype.itemsize, self._hosts, self._lanes, piece_bytes):

@@ -78,10 +78,6 @@ class FakeRanks:
         self.world.barrier.wait()
         return board
 
-    def meet(self, _nbytes, among):
-        """They would wait for each other: that all do so alike is seen when trades come."""
-        assert self.rank in among
-
     def barrier(self, among):
         """Stand in for a barrier of some by one of all: in the sum they all come."""
         assert self.rank in among
@@ -100,7 +96,8 @@ class FakeRanks:
         out[...] = np.concatenate([part for part, _ in board])
 
     @contextmanager
-    def flight(self, _nbytes):
+    def flight(self, _nbytes, circles):
+        assert all(self.rank in ranks for ranks in circles)
         flight = FakeFlight(self)
         yield flight
         for receives in flight.under_way:

@@ -1,4 +1,4 @@
-"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--wire NAME] [--apart]."""
+"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--wire NAME]."""
 
 import argparse
 import hashlib
