@@ -18,7 +18,7 @@ from ..errors import ConfigError
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 WIRES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 NAN = 0x7FC0
-STRETCH = 1 << 14  # values at a time: what is between stays in the processor's cache
+STRETCH = 1 << 15  # values at a time: what is between stays in the processor's cache
 
 
 def wire_of(name: str | None) -> np.dtype[Any] | None:
