@@ -363,6 +363,44 @@ def test_buffers_are_used_again(small, monkeypatch):
             assert len(set(lengths[1:])) == 1, f"at {size} ranks, buffers by step: {lengths}"
 
 
+def test_after_a_loss_results_lie_elsewhere(monkeypatch):
+    """Messages of the sum in which somebody was lost may still come into where its result was to be."""
+    monkeypatch.setattr(reduce, "SMALL_BYTES", 0)
+    now, sums, places = [None] * 2, [reduce.Sum(4, lambda r=r: now[r]) for r in range(2)], [None] * 2
+
+    def lost(_flight, _receives):
+        raise Lost(frozenset({7}))
+
+    def add(ranks):
+        now[ranks.rank] = ranks
+        total = sums[ranks.rank]
+        for leaf in range(*total.interval):
+            total.add(leaf, mixed(0, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
+        return total
+
+    def first(ranks):
+        total = add(ranks)
+        places[ranks.rank] = total._pool.result().offset
+        with pytest.raises(Lost):
+            total.exchange(set())
+        total.drop()
+
+    def again(ranks):
+        total = add(ranks)
+        total.exchange(set())
+        assert total._pool.result().offset != places[ranks.rank]
+        return bits(total.result()[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeFlight, "wait", lost)
+        FakeWorld(2, hosts=2).run(first)
+    alone = reduce.Sum(4, lambda: FakeWorld(1).run(lambda ranks: ranks)[0])
+    for leaf in range(4):
+        alone.add(leaf, mixed(0, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
+    alone.exchange(set())
+    assert FakeWorld(2, hosts=2).run(again) == [bits(alone.result()[0])] * 2
+
+
 def test_results_are_read_only():
     """Other ranks may read the same memory."""
     for size in (1, 2):
