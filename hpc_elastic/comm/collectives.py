@@ -23,7 +23,7 @@ Array = NDArray[np.generic]
 NOTHING = bytearray()
 PAIR = 2
 MEET_BYTES = 8 << 20  # from here on ranks meet before they trade in pieces: pauses slow only the first of these down
-PIECE_BYTES = 1 << 21  # no message is longer, so that it is seen whether bytes move
+PIECE_BYTES = 4 << 20  # no message is longer, so that it is seen whether bytes move
 
 
 class Collectives:

@@ -28,8 +28,8 @@ from .order import There
 
 Trade = list[tuple[int, Array]]
 UNDER_WAY = 2  # buckets
-ROOM_BYTES = 4 << 20  # for each: what comes from others, and sums that go to them
-PIECE_BYTES = 2 << 20  # what a message carries at most
+ROOM_BYTES = 8 << 20  # for each: what comes from others, and sums that go to them
+PIECE_BYTES = 4 << 20  # what a message carries at most
 
 
 class Flight(Protocol):
