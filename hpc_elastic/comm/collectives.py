@@ -7,7 +7,8 @@ own collectives begin to send at any time. Here all is begun at once, when the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from mpi4py import MPI
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 from ..model import Move
 from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
-from .waiting import Watch
+from .waiting import BYTES_PER_S, LARGE_BYTES, STEADY_S, YIELD_S, Watch, keep
 
 Array = NDArray[np.generic]
 NOTHING = bytearray()
 PAIR = 2
-LARGE_BYTES = 1 << 20  # from here on ranks meet before they send: who polls for much data without pauses must not wait long
+MEET_BYTES = 8 << 20  # from here on ranks meet before they trade in pieces: pauses slow only the first of these down
+PIECE_BYTES = 4 << 20  # no message is longer, so that it is seen whether bytes move
 
 
 class Collectives:
@@ -141,19 +143,79 @@ class Collectives:
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def flight(self, nbytes: int, circles: Iterable[Sequence[int]]) -> Iterator[Flight]:
+        """Have messages under way, several trades at a time; all have come when the block is left.
+
+        Parameters
+        ----------
+        nbytes : int
+            How much the ranks move in all. If that is much they meet before.
+        circles : iterable of sequence of int
+            The ranks that trade with each other; who is in several has them in the same order as the others do.
+        """
+        meets = nbytes >= MEET_BYTES
+        if meets:
+            for ranks in circles:
+                self.barrier(ranks)
+        flight = Flight(self.comm, self.watch, STEADY_S if meets else YIELD_S + nbytes / BYTES_PER_S)
+        try:
+            yield flight
+            flight.wait(flight.requests)
+        except BaseException:
+            keep(flight.requests)
+            raise
+
     def _trade(self, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int) -> None:
         """Send bytes to ranks and receive others from ranks; where there are none, nothing travels."""
-
-        def begun() -> Iterator[MPI.Request]:
-            for rank, place in receives:
-                if place.nbytes:
-                    yield self.comm.Irecv(place, rank, tag)
-            for rank, part in sends:
-                if part.nbytes:
-                    yield self.comm.Isend(part, rank, tag)
-
         nbytes = sum(part.nbytes for _, part in sends) + sum(place.nbytes for _, place in receives)
-        self.watch.requests(begun(), nbytes)
+        self.watch.requests(_begun(self.comm, sends, receives, tag), nbytes)
+
+
+class Flight:
+    """Messages under way.
+
+    Parameters
+    ----------
+    busy_s : float
+        For how long a wait for some of them polls without pauses.
+
+    Attributes
+    ----------
+    requests : list of mpi4py.MPI.Request
+        All of them.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, watch: Watch, busy_s: float) -> None:
+        self._busy_s = busy_s
+        self._comm = comm
+        self._watch = watch
+        self.requests: list[MPI.Request] = []
+
+    def begin(
+        self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]], tag: int
+    ) -> list[MPI.Request]:
+        """Begin to send arrays to ranks, and to receive into others; return what to wait for."""
+        parts, places = [(rank, _bytes(array)) for rank, array in sends], [(rank, _bytes(array)) for rank, array in receives]
+        requests: list[MPI.Request] = []
+        self._watch.begin(_begun(self._comm, parts, places, tag), requests)
+        self.requests += requests
+        return requests
+
+    def wait(self, requests: list[MPI.Request]) -> None:
+        """Wait for some of them."""
+        self._watch.finish(requests, self._busy_s)
+
+
+def _begun(
+    comm: MPI.Intracomm, sends: list[tuple[int, memoryview]], receives: list[tuple[int, memoryview]], tag: int
+) -> Iterator[MPI.Request]:
+    for rank, place in receives:
+        for start in range(0, place.nbytes, PIECE_BYTES):
+            yield comm.Irecv(place[start : start + PIECE_BYTES], rank, tag)
+    for rank, part in sends:
+        for start in range(0, part.nbytes, PIECE_BYTES):
+            yield comm.Isend(part[start : start + PIECE_BYTES], rank, tag)
 
 
 def _bytes(array: Array) -> memoryview:

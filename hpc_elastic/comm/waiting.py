@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 YIELD_S = 0.002  # how long to poll with only a yield between, before sleeping
 BYTES_PER_S = 0.5e9  # and as long as messages of many bytes may take: MPICH moves a little of them with every poll
+LARGE_BYTES = 1 << 20  # from here on each of the pieces of which messages consist may take
+STEADY_S = 0.1  # as long as that
 LONGEST_SLEEP_S = 0.002
 CHECK_EVERY_S = 0.005
 LONGEST_CALL_S = 20.0  # of a call that brings ranks together, for which all are there when it begins
@@ -49,6 +51,11 @@ class LeftOut(LostRank):
 
 # What was under way when a rank was lost. MPI may still write into the buffers of these requests, so they are kept.
 _given_up: list[MPI.Request] = []
+
+
+def keep(requests: Iterable[MPI.Request]) -> None:
+    """Keep what was under way, with its buffers, until this process ends."""
+    _given_up.extend(requests)
 
 
 # Threads inside a call of MPI's that can't be left and may never end.
@@ -88,6 +95,11 @@ def limited(limit_s: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def busy(nbytes: int) -> float:
+    """Return for how many seconds to poll without pauses for one message of several, with `nbytes` bytes in all."""
+    return YIELD_S + nbytes / BYTES_PER_S if nbytes < LARGE_BYTES else STEADY_S
 
 
 class Watch:
@@ -192,25 +204,36 @@ class Watch:
         `look` is called when they are not yet done.
         """
         requests: list[MPI.Request] = []
-
-        def done() -> bool:
-            if MPI.Request.Testall(requests):
-                return True
-            if look is not None:
-                look()
-            return False
-
-        busy_s = YIELD_S + nbytes / BYTES_PER_S
         try:
-            with self.blame():
-                while self._broken():
-                    self.check()
-                    time.sleep(CHECK_EVERY_S)
-                requests.extend(begun)
-                self.until(done, busy_s=busy_s)
+            self.begin(begun, requests)
+            self.finish(requests, busy(nbytes), look)
         except BaseException:
-            _given_up.extend(requests)
+            keep(requests)
             raise
+
+    def begin(self, begun: Iterable[MPI.Request], requests: list[MPI.Request]) -> None:
+        """Begin non-blocking operations, and add them to `requests`."""
+        with self.blame():
+            while self._broken():
+                self.check()
+                time.sleep(CHECK_EVERY_S)
+            requests.extend(begun)
+
+    def finish(self, requests: list[MPI.Request], busy_s: float = YIELD_S, look: Callable[[], None] | None = None) -> None:
+        """Wait for operations that have begun; there are pauses when none of them has ended for `busy_s` seconds."""
+        left = True
+
+        def some() -> bool:
+            nonlocal left
+            ended = MPI.Request.Testsome(requests)
+            left = ended is not None
+            if left and look is not None:
+                look()
+            return ended is None or bool(ended)
+
+        with self.blame():
+            while left:
+                self.until(some, busy_s=busy_s)
 
     @contextlib.contextmanager
     def blame(self, kind: type[Exception] = MPI.Exception) -> Iterator[None]:

@@ -12,9 +12,10 @@ import numpy as np
 
 from ..arrays.host import GPU, Structure, flatten, name_of
 from ..comm.board import Board
-from ..errors import StepError
+from ..errors import ArrayError, ConfigError, StepError
 from ..partition import block
 from .form import DType, Form, Pool
+from .half import kept_as, wire_of
 from .library import Library, Reducing
 from .network import Messages, Network
 from .node import OneHost, Transport
@@ -57,9 +58,14 @@ class Sum:
         Returns the ranks of the current generation.
     exact : bool
         False takes MPI's own sum, in whatever order.
+    wire : str, optional
+        Name of the precision to which wider floating-point values are rounded: see `half`.
     """
 
-    def __init__(self, leaves: int, ranks: Callable[[], Ranks], *, exact: bool = True) -> None:
+    def __init__(self, leaves: int, ranks: Callable[[], Ranks], *, exact: bool = True, wire: str | None = None) -> None:
+        if wire is not None and not exact:
+            raise ConfigError("wire needs exact=True: MPI adds up in the arrays' own precision")
+        self._wire = wire_of(wire)
         self._exact = exact
         self._leaves = leaves
         self._ranks = ranks
@@ -94,15 +100,19 @@ class Sum:
     def _begin(self, key: Key) -> None:
         """Lay out the arrays, and behind them the metrics, in parts: what is on the host, and what is on the GPU."""
         structure, arrays, metrics = key
-        forms = [*arrays, ((len(metrics),), np.dtype(np.float64))]
+        given = [*arrays, ((len(metrics),), np.dtype(np.float64))]
+        forms = [*((shape, kept_as(dtype, self._wire)) for shape, dtype in arrays), given[-1]]
         places = structure.places()
-        told = [*((shape, name_of(dtype), place) for (shape, dtype), place in zip(arrays, places, strict=True)), *metrics]
+        named = ((shape, name_of(dtype), place) for (shape, dtype), place in zip(arrays, places, strict=True))
+        told = [*named, *metrics, self._wire]
         digest = zlib.crc32(repr(told).encode())
         far = [number for number, place in enumerate(places) if place == GPU]
         near = [number for number in range(len(forms)) if number not in far] if far else None
         # The host's part is always there, and comes first: where it meets, ranks whose forms differ are told.
         own = forms if near is None else [forms[number] for number in near]
-        self._parts = [Part(Pool(Form(own, digest)), near, self._first, self._by_host)]
+        self._parts = [Part(Pool(Form(own, digest, given)), near, self._first, self._by_host)]
+        if far and self._wire is not None:
+            raise ArrayError(f"wire={self._wire.name!r} is for arrays on the host, and some are on the GPU: leave wire out")
         if far:
             from .device import GpuSlots
 

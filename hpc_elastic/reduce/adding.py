@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..arrays.host import Array
+from .half import plus
 from .order import Tree
 
 STRETCH_BYTES = 1 << 17
@@ -17,7 +18,7 @@ def add_up(tree: Tree, operands: Sequence[Array], out: Array, stretch_bytes: int
     if isinstance(tree, int):
         np.copyto(out, operands[tree])
     elif isinstance(tree[0], int) and isinstance(tree[1], int):  # no result between that had to stay in the cache
-        np.add(operands[tree[0]], operands[tree[1]], out=out)
+        plus(operands[tree[0]], operands[tree[1]], out)
     else:
         length = max(1, stretch_bytes // out.itemsize)
         for start in range(0, len(out), length):
@@ -32,4 +33,5 @@ def _sum(tree: Tree, operands: Sequence[Array], out: Array | None = None) -> Arr
     left, right = tree
     if out is None:
         out = np.empty_like(operands[0])
-    return np.add(_sum(left, operands, out), _sum(right, operands), out=out)
+    plus(_sum(left, operands, out), _sum(right, operands), out)
+    return out

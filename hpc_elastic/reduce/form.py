@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from ..arrays.host import Array
 from ..comm.segments import Bytes, Segment
+from .half import load
 
 ALIGN_BYTES = 64
 DType = np.dtype[Any]
+Shaped = tuple[tuple[int, ...], DType]
 
 
 class Slot(NamedTuple):
@@ -44,6 +46,15 @@ class Slot(NamedTuple):
 class Form:
     """Where each of `arrays`, given by shape and dtype, lies.
 
+    Parameters
+    ----------
+    arrays : sequence of (shape, dtype)
+        As what they are added up.
+    digest : int
+        See below.
+    given : sequence of (shape, dtype), optional
+        As what the results are to be had, where that is wider.
+
     Attributes
     ----------
     nbytes : int
@@ -52,8 +63,9 @@ class Form:
         As given: different for most forms that differ, and the same on all ranks.
     """
 
-    def __init__(self, arrays: Iterable[tuple[tuple[int, ...], DType]], digest: int) -> None:
+    def __init__(self, arrays: Sequence[Shaped], digest: int, given: Sequence[Shaped] | None = None) -> None:
         self.digest = digest
+        self._given = arrays if given is None else given
         self._places: list[tuple[DType, slice, tuple[int, ...]]] = []
         lengths: dict[DType, int] = {}
         for shape, dtype in arrays:
@@ -66,6 +78,22 @@ class Form:
             stop = self.nbytes + length * dtype.itemsize
             self._cuts.append((dtype, slice(self.nbytes, stop)))
             self.nbytes = -(-stop // ALIGN_BYTES) * ALIGN_BYTES
+
+    @cached_property
+    def _wide(self) -> dict[int, Array]:
+        """Arrays of this process for results of which the sums are narrower, by their numbers."""
+        pairs = enumerate(zip(self._given, self._places, strict=False))
+        return {number: np.empty(shape, dtype) for number, ((shape, dtype), (kept, *_)) in pairs if dtype != kept}
+
+    def results(self, total: Slot) -> list[Array]:
+        """Return the arrays in `total`, read-only on the host, each with the dtype that it was given with."""
+        if not self._wide:
+            return total.results
+        found = list(total.results)
+        for number, wide in self._wide.items():
+            load(total.arrays[number], wide)
+            found[number] = _read_only(wide)
+        return found
 
     def new(self) -> Slot:
         """Return memory of this process alone."""
@@ -94,6 +122,7 @@ class Slots:
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._result: Slot | None = None
+        self._given_up: list[Slot] = []
 
     def take(self) -> Slot:
         """Return a slot that nobody uses."""
@@ -108,7 +137,7 @@ class Slots:
 
     def recall(self, spared: Iterable[Slot]) -> None:
         """Take all slots back, wherever they are, but those `spared`."""
-        kept = {slot.offset for slot in (*spared, self._result) if slot is not None}
+        kept = {slot.offset for slot in (*spared, *self._given_up, self._result) if slot is not None}
         self._free = [slot for slot in self._slots if slot.offset not in kept]
 
     def result(self) -> Slot:
@@ -121,6 +150,12 @@ class Slots:
     def own(self) -> Slot:
         """One that nobody else sees, for results."""
         return self.form.new()
+
+    def give_result_up(self) -> None:
+        """Have another slot for results: the messages of a lost rank's may still come into this one."""
+        if self._result is not None:
+            self._given_up.append(self._result)
+            self._result = None
 
     def _made(self, offset: int) -> Slot:
         raise NotImplementedError

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..arrays.host import Array, is_float
 from .form import Slot, Slots
+from .half import plus, store
 from .node import Transport
 from .order import Node, There, TreeSum
 
@@ -49,17 +48,14 @@ class Part:
     def results(self) -> list[Array]:
         """The arrays of the last sum."""
         assert self._total is not None
-        return self._total.results
+        return self.form.results(self._total)
 
     def add(self, index: int, arrays: Sequence[Array], weight: float) -> None:
         """Contribute microbatch `index`: those of the sum's `arrays` that are here."""
         slot = self._slots.take()
         own = arrays if self.numbers is None else [arrays[number] for number in self.numbers]
         for array, target in zip(own, slot.arrays, strict=True):
-            if is_float(array.dtype):
-                np.multiply(array, array.dtype.type(weight), out=target)
-            else:
-                np.copyto(target, array)
+            store(array, weight if is_float(array.dtype) else None, target)
         if self._tree is None:
             self._tree = TreeSum(self._combine, self._first())
         self._tree.feed(Node(0, index), slot)
@@ -67,7 +63,7 @@ class Part:
     def _combine(self, left: Slot, right: Slot) -> Slot:
         for dtype, values in left.flat.items():
             if len(values):
-                np.add(values, right.flat[dtype], out=values)
+                plus(values, right.flat[dtype], values)
         self._slots.give((right,))
         return left
 

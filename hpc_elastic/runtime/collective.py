@@ -64,14 +64,14 @@ class Collective:
         self._world: World | None = None
         self._sums: dict[object, Sum] = {}  # the one that was used last is the last
 
-    def allreduce(self, array: Any, out: Array | None = None, *, exact: bool = True) -> Array:
+    def allreduce(self, array: Any, out: Array | None = None, *, exact: bool = True, wire: str | None = None) -> Array:
         """See the function `allreduce`."""
         world, value = self._joined(), numbers(array)
         if out is not None and (out.shape, out.dtype, _far(out)) != (value.shape, value.dtype, _far(value)):
             raise ArrayError(f"allreduce of {_text(value)}: out is {_text(out)}, and must be alike")
-        if not (exact and world.board.whole) and not world.same(zlib.crc32(f"{_text(value)} {exact}".encode())):
+        if not (exact and world.board.whole) and not world.same(zlib.crc32(f"{_text(value)} {exact} {wire}".encode())):
             raise ArrayError("the ranks did not give arrays alike: shapes and dtypes must be the same on all of them")
-        total = self._sum(world, value, exact)
+        total = self._sum(world, value, exact, wire)
         total.add(world.rank, value, {}, 1.0)
         total.exchange(set())
         result: Array = total.result()[0]
@@ -80,12 +80,12 @@ class Collective:
         np.copyto(out, result)
         return out
 
-    def _sum(self, world: World, value: Array, exact: bool) -> Sum:
+    def _sum(self, world: World, value: Array, exact: bool, wire: str | None) -> Sum:
         """Return the sum for arrays like `value`, the same one on all ranks."""
         if self._world is not world:
             self._world, self._sums = world, {}
-        key = value.shape, value.dtype, type(value), exact
-        total = self._sums.pop(key, None) or Sum(world.size, self._joined, exact=exact)
+        key = value.shape, value.dtype, type(value), exact, wire
+        total = self._sums.pop(key, None) or Sum(world.size, self._joined, exact=exact, wire=wire)
         self._sums[key] = total
         if len(self._sums) > SUMS:
             del self._sums[next(iter(self._sums))]
@@ -146,7 +146,7 @@ def _collective() -> Collective:
     return _jobs[0].collective
 
 
-def allreduce(array: Any, out: Array | None = None, *, exact: bool = True) -> Array:
+def allreduce(array: Any, out: Array | None = None, *, exact: bool = True, wire: str | None = None) -> Array:
     """Return the sum of the ranks' arrays, on every rank. Collective.
 
     The sum has the same bits on every rank, and whenever as many ranks add up the same, on whatever hosts. For the same
@@ -160,6 +160,9 @@ def allreduce(array: Any, out: Array | None = None, *, exact: bool = True) -> Ar
         Where the sum goes; it may be `array` itself. Otherwise a new array is made.
     exact : bool
         False takes MPI's own sum, or NCCL's, of which the last bits depend on the library and on where the ranks are.
+    wire : "bfloat16" or "float16", optional
+        Floating-point arrays are added up with two bytes a value, each rounded to the nearest: see ``job.steps``. On the
+        host alone.
 
     Returns
     -------
@@ -170,10 +173,12 @@ def allreduce(array: Any, out: Array | None = None, *, exact: bool = True) -> Ar
     ------
     ArrayError
         If the arrays differ in shape or dtype, or hold something else.
+    ConfigError
+        If `wire` is something else, or given with ``exact=False``.
     JobError
         If no job is running, or this rank has not joined it yet.
     """
-    return _collective().allreduce(array, out, exact=exact)
+    return _collective().allreduce(array, out, exact=exact, wire=wire)
 
 
 def broadcast(array: Any = None, root: int = 0) -> Array:

@@ -163,6 +163,7 @@ class Job:
         seed: int | None = None,
         exact: bool = True,
         decode: Decode | None = None,
+        wire: str | None = None,
     ) -> Iterator[Step]:
         """Yield the steps of `epochs` passes over `data`; each turn is a resize point.
 
@@ -187,16 +188,21 @@ class Job:
             Called as ``decode(fields, random)`` with the fields of a microbatch, a dict of arrays, and a
             `numpy.random.Generator` whose numbers are the same at any number of ranks; returns the dict of arrays that the
             microbatch gets. It may run in a thread, while the step before is computed.
+        wire : "bfloat16" or "float16", optional
+            Floating-point arrays are added up with two bytes a value, so that half of the bytes travel between hosts. Each
+            value and each result of an addition is rounded to the nearest: the bits are others than without, but the same
+            at any number of ranks.
 
         Raises
         ------
         ConfigError
-            If there are fewer samples in a batch than microbatches, or more ranks allowed than microbatches.
+            If there are fewer samples in a batch than microbatches, more ranks allowed than microbatches, or `wire` is
+            something else or given with ``exact=False``.
         """
         leaves = self.session.config.microbatches
         per_epoch = count_steps(len(data), epochs, batch, self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
-        total = Sum(leaves, self.membership.joined, exact=exact)
+        total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
         if hasattr(data, "share"):
             data.share(str(self.session.run.path))

@@ -77,7 +77,7 @@ class Step:
         self.number = batch.step
         self.size = batch.size
         self.metrics: dict[str, float] = {}
-        self.consumed = NONE
+        self.consumed: list[NDArray[np.int64]] = []
         self._batch, self._following = batch, following
         self._leaves = leaves
         self._batches = batches
@@ -113,7 +113,7 @@ class Step:
     def _one_by_one(self) -> Iterator[Microbatch]:
         following = self._following and self._following.share(self._sum.interval, self._leaves)
         found = self._batches.take(self._share, following)
-        self.consumed = np.concatenate([micro.samples for micro in found]) if found else NONE
+        self.consumed = [micro.samples for micro in found]
         for micro in found:
             self._now = micro
             yield micro
@@ -184,9 +184,10 @@ class Step:
         Of the attempts at a step, the last one is the one that counts.
         """
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        rows = np.empty((len(self.consumed), 4), np.int64)
+        samples = np.concatenate([NONE, *self.consumed])
+        rows = np.empty((len(samples), 4), np.int64)
         rows[:] = self.epoch, self.number, attempt, 0
-        rows[:, 3] = self.consumed
+        rows[:, 3] = samples
         with file.open("ab") as ledger:
             ledger.write(rows.tobytes())
 

@@ -14,8 +14,11 @@ import os, signal, sys, time
 from pathlib import Path
 import numpy as np
 import hpc_elastic as he
+from hpc_elastic.comm import board
 
 LENGTH, MARK = int(sys.argv[1]), Path(sys.argv[2])
+if "apart" in sys.argv:  # as if each rank were on a host of its own
+    board._page = lambda pid, card: None
 
 def train(job):
     for turn in job.loop(60):
@@ -35,15 +38,17 @@ he.run(train)
 """
 
 
-@pytest.mark.parametrize("length", [10, 100_000], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("length", "where"), [(10, "near"), (100_000, "near"), (1_000_000, "apart")], ids=["small", "large", "by messages"]
+)
 @pytest.mark.parametrize("dies", [False, True], ids=["all live", "one dies"])
-def test_own_arrays(length, dies, tmp_path):
+def test_own_arrays(length, where, dies, tmp_path):
     (tmp_path / "own.py").write_text(SCRIPT)
     mark = tmp_path / "mark"
     if not dies:
         mark.touch()
     options = ["--run-dir", "r", "--ranks", 1, "--slots", 3, "--timetable", "5:3,50:2", "--hold"]
-    with Job(hpc_elastic("run", *options, tmp_path / "own.py", length, mark), folder=tmp_path) as job:
+    with Job(hpc_elastic("run", *options, tmp_path / "own.py", length, mark, where), folder=tmp_path) as job:
         done = job.wait()
     assert done.code == 0, done.err
     assert done.value("ranks") == "2"

@@ -69,6 +69,26 @@ def test_random_timetables(seed, shards, static, tmp_path):
     assert [event.step for event in found] == [entry.step for entry in changing(table)]
 
 
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_two_bytes_a_value(wire, shards, static, tmp_path):
+    """The same bits at any number of ranks, on one host or several: others than with four bytes."""
+    found = set()
+    for number, options in enumerate(
+        [["--ranks", 1], ["--ranks", 2], ["--slots", 3, "--timetable", "5:3,20:2-0", "--hold"]]
+    ):
+        for where in [[], ["--apart"]] if number else [[]]:
+            script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--wire", wire, *where]
+            folder = tmp_path / f"{number}{len(where)}"
+            folder.mkdir()
+            with Job(hpc_elastic("run", "--run-dir", "r", *options, *script), folder=folder) as job:
+                done = job.wait()
+            assert done.code == 0, done.err
+            assert float.fromhex(done.value("loss")) < 0.2
+            found.add(done.value("sha256"))
+    assert len(found) == 1
+    assert found != {static}
+
+
 def changing(table: Timetable) -> list[Entry]:
     """Return the entries that change something."""
     size, found = 1, []

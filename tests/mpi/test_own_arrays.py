@@ -10,7 +10,7 @@ import hpc_elastic as he
 from hpc_elastic.comm.board import Board
 from hpc_elastic.errors import ArrayError, JobError
 from hpc_elastic.model import Member
-from hpc_elastic.reduce import SMALL_BYTES
+from hpc_elastic.reduce import SMALL_BYTES, network
 from hpc_elastic.runtime.collective import SUMS, Collective
 
 from ..unit import fake_cupy
@@ -80,6 +80,18 @@ def test_into_an_array(collective, world):
     assert (mine == expected).all()
     with pytest.raises(ArrayError, match="must be alike"):
         collective.allreduce(mine, np.empty(7))
+
+
+@pytest.mark.parametrize("wire", [None, "bfloat16", "float16"])
+def test_many_buckets(wire, collective, world, monkeypatch):
+    """More than are under way at a time, out of memory that is used again."""
+    monkeypatch.setattr(network, "PIECE_BYTES", 4096)
+    narrow = {"bfloat16": bfloat16, "float16": "f2", None: "f4"}[wire]
+    for turn in range(3):
+        parts = [values(10 * turn + rank, 100_003, "f4").astype(narrow) for rank in range(world.size)]
+        found = collective.allreduce(values(10 * turn + world.rank, 100_003, "f4"), wire=wire)
+        assert found.dtype == np.float32
+        assert found.tobytes() == total(parts).astype("f4").tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "i4", "u1"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from hpc_elastic.comm.collectives import LARGE_BYTES
+from hpc_elastic.comm import waiting
+from hpc_elastic.comm.collectives import LARGE_BYTES, PIECE_BYTES
 from hpc_elastic.comm.user import UserComm
 from hpc_elastic.comm.waiting import LeftOut, Watch
 from hpc_elastic.comm.world import World, vendor
@@ -33,6 +35,41 @@ def test_fill(world):
     array = np.arange(12.0).reshape(3, 4) if world.rank == 0 else np.empty((3, 4))
     world.fill(array)
     np.testing.assert_array_equal(array, np.arange(12.0).reshape(3, 4))
+
+
+def test_long_messages_go_in_pieces(world):
+    length = PIECE_BYTES // 4 + 11
+    array = np.arange(length, dtype=np.uint64) if world.rank == 0 else np.empty(length, np.uint64)
+    world.fill(array)
+    assert (array == np.arange(length)).all()
+    whole = np.empty(length * world.size, np.uint64)
+    world.all_parts(array + np.uint64(world.rank), whole, [length] * world.size)
+    for rank, part in enumerate(whole.reshape(world.size, length)):
+        assert (part == np.arange(length) + rank).all()
+
+
+@pytest.mark.parametrize(("ends_s", "pauses"), [([0.06] * 10, False), ([0.6], True)], ids=["many pieces", "one"])
+def test_pauses_begin_when_nothing_has_come(ends_s, pauses, monkeypatch):
+    """Not when all together take long: with pauses, MPICH moves large messages slowly."""
+    now, slept, left = [0.0], [], list(ends_s)
+
+    def poll(_requests):
+        now[0] += 0.001
+        left[0] -= 0.001
+        if left[0] > 0:
+            return []
+        del left[0]
+        return [0] if left else None
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+        left[0] -= seconds
+
+    monkeypatch.setattr(waiting, "MPI", SimpleNamespace(Request=SimpleNamespace(Testsome=poll)))
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    Watch().finish([], waiting.busy(100 << 20))
+    assert bool(slept) == pauses
 
 
 def test_exchange_around(world):

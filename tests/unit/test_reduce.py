@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from hpc_elastic import reduce
 from hpc_elastic.comm import board
 from hpc_elastic.comm.board import Board
+from hpc_elastic.comm.messages import FILL_TAG, PART_TAG
 from hpc_elastic.comm.waiting import Lost, Watch
 from hpc_elastic.errors import StepError
 from hpc_elastic.model import Member
 
 LIMIT_S = 20
+TAGS = FILL_TAG, PART_TAG
 
 
 class FakeWorld:
@@ -32,7 +35,7 @@ class FakeWorld:
         self.hosts = hosts
         self.barrier = threading.Barrier(size, timeout=LIMIT_S)
         self.board = [None] * size
-        self.mail = {(a, b): queue.SimpleQueue() for a in range(size) for b in range(size)}
+        self.mail = {(a, b, tag): queue.SimpleQueue() for a in range(size) for b in range(size) for tag in TAGS}
 
     def run(self, body):
         """Return what ``body(ranks)`` returns on every rank; raise what one of them raises."""
@@ -85,9 +88,6 @@ class FakeRanks:
         self.world.barrier.wait()
         return board
 
-    def meet(self, nbytes):
-        assert set(self._meet(nbytes)) == {nbytes}, "ranks that don't agree would wait for each other"
-
     def barrier(self, among):
         """Stand in for a barrier of some by one of all: in the sum they all come."""
         assert self.rank in among
@@ -105,14 +105,34 @@ class FakeRanks:
         assert all(part.dtype == out.dtype for part, _ in board)
         out[...] = np.concatenate([part for part, _ in board])
 
-    def trade(self, sends, receives):
+    @contextmanager
+    def flight(self, _nbytes, circles):
+        assert all(self.rank in ranks for ranks in circles)
+        flight = FakeFlight(self)
+        yield flight
+        for receives in flight.under_way:
+            flight.wait(receives)
+
+
+class FakeFlight:
+    """Messages between the threads, by tag."""
+
+    def __init__(self, ranks):
+        self.mail, self.rank = ranks.world.mail, ranks.rank
+        self.under_way = []
+
+    def begin(self, sends, receives, tag):
         for rank, array in sends:
             assert array.flags.c_contiguous
             if array.nbytes:
-                self.world.mail[self.rank, rank].put(array.copy())
-        for rank, array in receives:
-            if array.nbytes:
-                array[...] = self.world.mail[rank, self.rank].get(timeout=LIMIT_S)
+                self.mail[self.rank, rank, tag].put(array.copy())
+        self.under_way.append([(rank, array, tag) for rank, array in receives if array.nbytes])
+        return self.under_way[-1]
+
+    def wait(self, receives):
+        while receives:
+            rank, array, tag = receives.pop(0)
+            array[...] = self.mail[rank, self.rank, tag].get(timeout=LIMIT_S)
 
 
 def tree_sum(values):
@@ -351,6 +371,44 @@ def test_buffers_are_used_again(small, monkeypatch):
     for size in (1, 2, 4):
         for lengths in FakeWorld(size).run(body):
             assert len(set(lengths[1:])) == 1, f"at {size} ranks, buffers by step: {lengths}"
+
+
+def test_after_a_loss_results_lie_elsewhere(monkeypatch):
+    """Messages of the sum in which somebody was lost may still come into where its result was to be."""
+    monkeypatch.setattr(reduce, "SMALL_BYTES", 0)
+    now, sums, places = [None] * 2, [reduce.Sum(4, lambda r=r: now[r]) for r in range(2)], [None] * 2
+
+    def lost(_flight, _receives):
+        raise Lost(frozenset({7}))
+
+    def add(ranks):
+        now[ranks.rank] = ranks
+        total = sums[ranks.rank]
+        for leaf in range(*total.interval):
+            total.add(leaf, mixed(0, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
+        return total
+
+    def first(ranks):
+        total = add(ranks)
+        places[ranks.rank] = total._pool.result().offset
+        with pytest.raises(Lost):
+            total.exchange(set())
+        total.drop()
+
+    def again(ranks):
+        total = add(ranks)
+        total.exchange(set())
+        assert total._pool.result().offset != places[ranks.rank]
+        return bits(total.result()[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeFlight, "wait", lost)
+        FakeWorld(2, hosts=2).run(first)
+    alone = reduce.Sum(4, lambda: FakeWorld(1).run(lambda ranks: ranks)[0])
+    for leaf in range(4):
+        alone.add(leaf, mixed(0, leaf), {"loss": 1.0, "hits": 1.0}, 1.0)
+    alone.exchange(set())
+    assert FakeWorld(2, hosts=2).run(again) == [bits(alone.result()[0])] * 2
 
 
 def test_results_are_read_only():

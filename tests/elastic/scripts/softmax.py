@@ -1,4 +1,4 @@
-"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--noise]."""
+"""A small softmax regression in NumPy, as a test job: SHARDS EPOCHS [--pause S] [--fail RANK:STEP] [--wire NAME] ..."""
 
 import argparse
 import hashlib
@@ -8,6 +8,8 @@ import time
 import numpy as np
 
 import hpc_elastic as he
+from hpc_elastic import reduce
+from hpc_elastic.comm import board
 
 parser = argparse.ArgumentParser()
 parser.add_argument("shards")
@@ -18,7 +20,12 @@ parser.add_argument("--fail", default="")
 parser.add_argument("--how", default="raise")
 parser.add_argument("--noise", action="store_true")
 parser.add_argument("--warm", type=float, default=0.0)
+parser.add_argument("--wire")
+parser.add_argument("--apart", action="store_true")  # as if each rank were on a host of its own
 arguments = parser.parse_args()
+if arguments.apart:
+    board._page = lambda _pid, _card: None
+    reduce.SMALL_BYTES = 0
 
 
 def gradients(weights, micro):
@@ -47,8 +54,8 @@ def train(job):
         time.sleep(arguments.warm)  # stands for slow imports
     fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
     with he.open_shards(arguments.shards) as shards:
-        decode = noisy if arguments.noise else None
-        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch, decode=decode):
+        how = {"decode": noisy if arguments.noise else None, "wire": arguments.wire}
+        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch, **how):
             if (job.rank, step.number) == (fail_rank, fail_step):
                 if arguments.how == "raise":
                     raise ValueError("deliberate failure")
