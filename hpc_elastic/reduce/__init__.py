@@ -110,9 +110,9 @@ class Sum:
         near = [number for number in range(len(forms)) if number not in far] if far else None
         # The host's part is always there, and comes first: where it meets, ranks whose forms differ are told.
         own = forms if near is None else [forms[number] for number in near]
-        self._parts = [Part(Pool(Form(own, digest, given)), near, self._first, self._by_host)]
+        self._parts = [Part(Pool(Form(own, digest, given if near is None else None)), near, self._first, self._by_host)]
         if far and self._wire is not None:
-            raise ArrayError(f"wire={self._wire.name!r} is for arrays on the host, and some are on the GPU: leave wire out")
+            raise ArrayError("wire is for arrays on the host, and some of these are on the GPU: leave wire out")
         if far:
             from .device import GpuSlots
 

@@ -324,3 +324,10 @@ def test_every_two_ranks_are_connected_at_the_start(monkeypatch):
     sums(3, [set()], lambda *which: on_gpu(mixed(*which)))
     for comm in fake_cupy.NcclCommunicator.made:
         assert sorted(comm.sent[:2]) == [(rank, 1) for rank in range(3) if rank != comm.rank]
+
+
+@pytest.mark.usefixtures("way")
+def test_wire_is_for_the_host():
+    total = reduce.Sum(1, lambda: None, wire="bfloat16")
+    with pytest.raises(ArrayError, match="wire is for arrays on the host"):
+        total.add(0, on_gpu([np.ones(3, np.float32)]), {}, 1.0)

@@ -133,7 +133,7 @@ def test_half_of_the_bytes():
     for total in (kept, plain):
         total._ranks = lambda: FakeWorld(1).run(lambda ranks: ranks)[0]
         total.add(0, np.zeros(3200, np.float32), {}, 1.0)
-    assert 2 * kept._form.nbytes == plain._form.nbytes
+    assert 2 * kept._parts[0].form.nbytes == plain._parts[0].form.nbytes
 
 
 def test_what_is_refused():
