@@ -72,9 +72,11 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.allreduce --json
 	$(BIN)/python -m benchmarks.step --json
 	$(BIN)/python -m benchmarks.growth --json
+	$(BIN)/python -m benchmarks.shards --json
 
-bench-slurm: setup slurm-packages  ## the benchmark of the broker, on a Slurm cluster of this machine (root)
+bench-slurm: setup slurm-packages  ## the benchmarks of the broker and of sums between nodes, on a Slurm cluster of this machine (root)
 	$(BIN)/python -m benchmarks.slurm --json
+	$(BIN)/python -m benchmarks.allreduce --nodes 2 --json
 
 check: setup  ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import os
 
 import numpy as np
 
+from benchmarks import shards
+
 from ..launch import ROOT, Job, mpiexec, python
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -20,6 +22,9 @@ SUM_TO_MEMORY = 0.6  # is 1.1 to 1.5 at 25 MB: below 1 if what was just added is
 SUM_TO_MPI = 1.5  # is 3.5 or more
 SMALL_SUM_TO_MPI = 0.4  # is about 1 at 4 KB, 1.5 at 64 KB
 STEP_TO_COMPUTATION = 3.0  # is 1.9 with 64 samples: 60 us of the runtime's to 70 of gradient and update
+
+GATHER_TO_NPLOAD = 0.55  # is 1.0 or more at 28 x 28
+CHUNKS_TO_DECOMPRESSION = 0.4  # is 0.7 at 28 x 28
 
 
 def measured(command: list[str], tmp_path, **settings: object) -> dict:
@@ -52,3 +57,11 @@ def test_a_step_costs_little_besides_its_computation(tmp_path):
     job = [str(BENCHMARKS / "step_job.py"), "FILE", "200", "8:64:10"]
     (took,) = measured([*python(), *job], tmp_path, microbatches=1)
     assert ratio(took["elastic"], took["alone"]) < STEP_TO_COMPUTATION
+
+
+def test_shards_are_read_about_as_fast_as_memory_and_codec_allow(tmp_path, monkeypatch):
+    monkeypatch.setitem(shards.SAMPLES, "28", 10_000)
+    contiguous = shards.contiguous_seconds("28", tmp_path, rounds=30)
+    assert ratio(contiguous["npload"], contiguous["ours"]) > GATHER_TO_NPLOAD
+    chunked, _ = shards.chunked_seconds(tmp_path, rounds=30)
+    assert ratio(chunked["pure"], chunked["ours"]) > CHUNKS_TO_DECOMPRESSION

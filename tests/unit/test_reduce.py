@@ -390,7 +390,7 @@ def test_after_a_loss_results_lie_elsewhere(monkeypatch):
 
     def first(ranks):
         total = add(ranks)
-        places[ranks.rank] = total._pool.result().offset
+        places[ranks.rank] = total._parts[0]._slots.result().offset
         with pytest.raises(Lost):
             total.exchange(set())
         total.drop()
@@ -398,7 +398,7 @@ def test_after_a_loss_results_lie_elsewhere(monkeypatch):
     def again(ranks):
         total = add(ranks)
         total.exchange(set())
-        assert total._pool.result().offset != places[ranks.rank]
+        assert total._parts[0]._slots.result().offset != places[ranks.rank]
         return bits(total.result()[0])
 
     with monkeypatch.context() as patch:
