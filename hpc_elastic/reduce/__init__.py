@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..comm.waiting import Watch
     from ..comm.world import Belonging
 
-NO_METRICS = np.empty(0)
 SMALL_BYTES = 1 << 15  # up to here every rank adds up all for itself; above, each adds up one slice
 
 
@@ -92,7 +91,8 @@ class Sum:
                 f"({len(forms)} arrays, metrics {list(names)}): "
                 "nesting, keys and their order, shapes and dtypes, and whether on a GPU, must stay the same"
             )
-        arrays.append(np.array(list(metrics.values())) if metrics else NO_METRICS)
+        if metrics or len(self._parts) > 1:
+            arrays.append(np.array(list(metrics.values())))
         for part in self._parts:
             part.add(index, arrays, weight)
         self._added = True

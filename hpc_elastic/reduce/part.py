@@ -54,7 +54,7 @@ class Part:
         """Contribute microbatch `index`: those of the sum's `arrays` that are here."""
         slot = self._slots.take()
         own = arrays if self.numbers is None else [arrays[number] for number in self.numbers]
-        for array, target in zip(own, slot.arrays, strict=True):
+        for array, target in zip(own, slot.arrays, strict=False):  # without metrics, theirs has no place to fill
             store(array, weight if is_float(array.dtype) else None, target)
         if self._tree is None:
             self._tree = TreeSum(self._combine, self._first())

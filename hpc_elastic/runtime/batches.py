@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,14 @@ Fields = Mapping[str, Array]
 Decode = Callable[[dict[str, Array], np.random.Generator], Fields]
 
 WORTH_S = 5e-4  # what takes less is done when it is needed: handing it to a thread and back costs a tenth of this
-IDLE_REFERENCES = 2  # to an array of a batch that nobody else holds: the batch's own, and the one that asks
+
+
+def _references(batch: dict[str, Array]) -> int:
+    """Return the most references that there are to an array of a batch, those of this function included."""
+    return max(sys.getrefcount(array) for array in batch.values())
+
+
+UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
 
 
 class Samples(Protocol):
@@ -101,18 +108,26 @@ class Batches:
         self._ahead: tuple[Share, Future[list[Microbatch]]] | None = None
         self._took_s = 0.0
 
-    def take(self, share: Share, following: Share | None = None) -> list[Microbatch]:
-        """Return the microbatches of `share`, and begin with those of the step that is going to follow."""
+    @property
+    def slow(self) -> bool:
+        """Whether it is worth while to `begin` ahead."""
+        return self._took_s > WORTH_S and self._threads is not None
+
+    def begin(self, share: Share) -> None:
+        """Begin with the microbatches of `share`, which are going to be taken next."""
+        assert self._threads is not None
+        self._ahead = share, self._threads.submit(self._make, share)
+
+    def take(self, share: Share) -> list[Microbatch]:
+        """Return the microbatches of `share`."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == share:
-            found = ahead[1].result()
-        else:
-            if ahead is not None:
-                ahead[1].cancel()
-            found = self._make(share)
-        if self._threads is not None and following is not None and self._took_s > WORTH_S:
-            self._ahead = following, self._threads.submit(self._make, following)
-        return found
+        if ahead is None:
+            return self._make(share)
+        if ahead[0] == share:
+            return ahead[1].result()
+        if not ahead[1].cancel():
+            wait([ahead[1]])  # it fills the same arrays
+        return self._make(share)
 
     def close(self) -> None:
         """Let go of the thread."""
@@ -139,7 +154,7 @@ class Batches:
             return self._data.gather(samples)
         n = len(samples)
         for batch in self._batches:
-            if all(len(array) >= n and sys.getrefcount(array) <= IDLE_REFERENCES + 1 for array in batch.values()):
+            if _references(batch) <= UNHELD and all(len(array) >= n for array in batch.values()):
                 return self._data.gather(samples, batch)  # type: ignore[call-arg]
         fields = self._data.gather(samples)
         self._batches = [batch for batch in self._batches if all(len(array) >= n for array in batch.values())]

@@ -111,8 +111,9 @@ class Step:
             self._whole = self._exchange()
 
     def _one_by_one(self) -> Iterator[Microbatch]:
-        following = self._following and self._following.share(self._sum.interval, self._leaves)
-        found = self._batches.take(self._share, following)
+        found = self._batches.take(self._share)
+        if self._batches.slow and self._following is not None:
+            self._batches.begin(self._following.share(self._sum.interval, self._leaves))
         self.consumed = [micro.samples for micro in found]
         for micro in found:
             self._now = micro

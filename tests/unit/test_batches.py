@@ -44,6 +44,14 @@ def shares(interval):
     return zip(found, [*found[1:], None], strict=True)
 
 
+def take(made, share, following=None):
+    """Return what a step takes, as `Step` does it."""
+    found = made.take(share)
+    if made.slow and following is not None:
+        made.begin(following)
+    return found
+
+
 def check(order, share, found):
     assert [micro.index for micro in found] == [index for index, *_ in share.cuts]
     for micro, (_, start, stop) in zip(found, share.cuts, strict=True):
@@ -60,7 +68,7 @@ def test_all_steps(shards, ahead, interval):
     order = Order(N, 3)
     made = Batches(shards, order)
     for share, following in shares(interval):
-        check(order, share, made.take(share, following))
+        check(order, share, take(made, share, following))
         assert (made._ahead is not None) == (ahead and following is not None)
     made.close()
 
@@ -72,7 +80,28 @@ def test_another_interval_than_was_expected(shards):
     intervals = [(0, 4), (0, 2), (1, 2), (3, 4), (0, 4)]
     for number, step in enumerate(steps()):
         share = step.share(intervals[number % 5], LEAVES)
-        check(order, share, made.take(share, share))
+        check(order, share, take(made, share, share))
+    made.close()
+
+
+def test_what_was_not_expected_waits_for_what_was(shards, monkeypatch):
+    """Both would fill the same arrays."""
+    gather, running = shards.gather, []
+
+    def slow(samples, out=None):
+        running.append(samples)
+        assert len(running) == 1
+        time.sleep(0.02)
+        running.pop()
+        return gather(samples, out)
+
+    monkeypatch.setattr(shards, "gather", slow)
+    order = Order(N, 3)
+    made = Batches(shards, order)
+    for (share, following), _ in zip(shares((0, 2)), range(5), strict=False):
+        made.begin(following)
+        time.sleep(0.01)
+        check(order, share, made.take(share))
     made.close()
 
 
@@ -80,7 +109,7 @@ def test_another_interval_than_was_expected(shards):
 def test_arrays_that_are_held_stay_as_they_are(shards):
     order = Order(N, 3)
     made = Batches(shards, order)
-    held = [(share, made.take(share, following)) for share, following in shares((0, 2))]
+    held = [(share, take(made, share, following)) for share, following in shares((0, 2))]
     for share, found in held:
         check(order, share, found)
     made.close()
@@ -91,7 +120,7 @@ def test_arrays_are_filled_again(shards, ahead):
     made = Batches(shards, order)
     memory = []
     for share, following in shares((0, 4)):
-        found = made.take(share, following)
+        found = take(made, share, following)
         memory.append(found[0]["image"].base.ctypes.data)
         del found
     assert len(set(memory)) <= (2 if ahead else 1)
@@ -110,10 +139,10 @@ def test_the_next_one_is_there_when_it_is_asked_for(shards, monkeypatch):
     monkeypatch.setattr(shards, "gather", slow)
     made = Batches(shards, Order(N, 3))
     (first, second), (_, third), *_ = shares((0, 4))
-    made.take(first, second)
+    take(made, first, second)
     made._ahead[1].result(10)
     begun = time.perf_counter()
-    made.take(second, third)
+    take(made, second, third)
     assert time.perf_counter() - begun < 0.04
     made.close()
     assert threads[0] is threading.main_thread()
@@ -128,14 +157,14 @@ def test_what_fails_ahead_is_raised_in_its_turn(shards, ahead, monkeypatch):
     def fail(_samples, _out=None):
         raise ShardError("damaged")
 
-    made.take(first)
+    take(made, first)
     monkeypatch.setattr(shards, "gather", fail)
     if ahead:
-        made._ahead = second, made._threads.submit(made._make, second)
+        made.begin(second)
     with pytest.raises(ShardError, match="damaged"):
-        made.take(second, third)
+        take(made, second, third)
     monkeypatch.setattr(shards, "gather", gather)
-    check(Order(N, 3), second, made.take(second, third))
+    check(Order(N, 3), second, take(made, second, third))
     made.close()
 
 
@@ -158,7 +187,7 @@ def test_data_of_ones_own_is_read_in_time():
     order = Order(N, 3)
     made = Batches(Own(), order)
     for share, following in shares((0, 4)):
-        check(order, share, made.take(share, following))
+        check(order, share, take(made, share, following))
     made.close()
 
 
@@ -175,7 +204,7 @@ def test_decoding_has_the_same_random_numbers_on_any_rank(shards):
         for interval in intervals:
             made = Batches(shards, order, decode)
             for share, following in shares(interval):
-                for micro in made.take(share, following):
+                for micro in take(made, share, following):
                     np.testing.assert_array_equal(micro["image"] ^ micro["noise"], IMAGES[micro.samples])
                     whole.append((share.step, micro.index, micro["image"].tobytes()))
             made.close()
@@ -190,5 +219,5 @@ def test_what_decoding_must_return(shards, wrong):
     made = Batches(shards, Order(N, 3), wrong)
     (share, _), *_ = shares((0, 4))
     with pytest.raises(StepError, match="decode must return a dict of arrays with the 6 samples"):
-        made.take(share)
+        take(made, share)
     made.close()
