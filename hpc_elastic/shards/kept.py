@@ -11,10 +11,11 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from .rows import Bytes, Numbers, copy
 WAIT_S = 0.25  # for a chunk that another process is about to read; then it is read twice
 LOOK_S = 0.0005
 
+T = TypeVar("T")
 Read = Callable[[int, Bytes], None]
 
 
@@ -135,13 +137,13 @@ class Recent:
         return chunks[found < 0]
 
     def fetch(self, chunks: Numbers, read: Read) -> None:
-        for chunk in self.missing(chunks).tolist():
-            slot = int(self._used.argmin())
-            if self._chunk_in[slot] >= 0:
-                self._slot_of[self._chunk_in[slot]] = -1
-                self._chunk_in[slot] = -1
-            read(chunk, self.memory[slot])
-            self._slot_of[chunk], self._chunk_in[slot], self._used[slot] = slot, chunk, self._calls
+        missing = self.missing(chunks)
+        slots = np.argsort(self._used, kind="stable")[: len(missing)]  # those used longest ago
+        away = self._chunk_in[slots]
+        self._slot_of[away[away >= 0]] = -1
+        self._chunk_in[slots], self._used[slots] = -1, 0
+        together(lambda chunk, slot: read(chunk, self.memory[slot]), missing.tolist(), slots.tolist())
+        self._slot_of[missing], self._chunk_in[slots], self._used[slots] = slots, missing, self._calls
 
     def slots_of(self, chunks: Numbers) -> Numbers:
         return self._slot_of[chunks]
@@ -167,7 +169,6 @@ class Shared:
         whole = np.frombuffer(mmap.mmap(self._file, self._begin + count * nbytes), np.uint8)
         self.memory = whole[self._begin :].reshape(count, nbytes)
         self._seen = np.zeros(count, bool)
-        self._spare: Bytes = np.empty(nbytes, np.uint8)
 
     def missing(self, chunks: Numbers) -> Numbers:
         missing = chunks[~self._seen[chunks]]
@@ -182,7 +183,9 @@ class Shared:
         missing = self.missing(chunks).tolist()
         # From different places on, so that processes that need the same chunks share the work.
         begin = os.getpid() % len(missing) if missing else 0
-        for chunk in self._others(missing[begin:] + missing[:begin], read):
+        missing = missing[begin:] + missing[:begin]
+        done = together(lambda chunk: self._claim(chunk, read), missing)
+        for chunk in (chunk for chunk, claimed in zip(missing, done, strict=True) if not claimed):
             deadline = time.monotonic() + WAIT_S
             while len(self.missing(np.array([chunk]))):
                 if time.monotonic() > deadline:
@@ -192,24 +195,22 @@ class Shared:
     def slots_of(self, chunks: Numbers) -> Numbers:
         return chunks
 
-    def _others(self, missing: Sequence[int], read: Read) -> Iterator[int]:
-        """Read those chunks that no other process is reading, then yield the others."""
-        others = []
-        for chunk in missing:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
-            except OSError:
-                others.append(chunk)
-                continue
-            try:
-                if len(self.missing(np.array([chunk]))):
-                    self._read(chunk, read)
-            finally:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, chunk)
-        yield from others
+    def _claim(self, chunk: int, read: Read) -> bool:
+        """Read a chunk; False if another process is reading it."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
+        except OSError:
+            return False
+        try:
+            if len(self.missing(np.array([chunk]))):
+                self._read(chunk, read)
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, chunk)
+        return True
 
     def _read(self, chunk: int, read: Read) -> None:
-        read(chunk, self._spare)  # beside, since decompressing writes a byte more than once
+        beside = np.empty(self._nbytes, np.uint8)  # since decompressing writes a byte more than once
+        read(chunk, beside)
         try:
             os.posix_fallocate(
                 self._file, self._begin + chunk * self._nbytes, self._nbytes
@@ -219,13 +220,23 @@ class Shared:
                 f"no memory for decompressed chunks in /dev/shm, {error.strerror}: make room, or open the shards with a "
                 "smaller cache_bytes"
             ) from error
-        self.memory[chunk] = self._spare
+        self.memory[chunk] = beside
         os.pwrite(self._file, b"\1", chunk)
         self._seen[chunk] = True
 
     def close(self) -> None:
         self._close()
         self.slots, self.memory = 1, np.empty((1, 0), np.uint8)
+
+
+def together(work: Callable[..., T], *arguments: Sequence[int]) -> list[T]:
+    """Return what `work` returns for each of the `arguments`, done by as many threads as this process has cores."""
+    threads = min(len(arguments[0]), len(os.sched_getaffinity(0)))
+    if threads < 2:  # noqa: PLR2004
+        return list(map(work, *arguments))
+    # Made anew for each window of chunks, which takes some ms: threads that stay would not be there in a forked process.
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, *arguments))
 
 
 def _open_own(path: Path) -> int:
