@@ -18,6 +18,11 @@ def shared_memory(name: str) -> Path:
     return SHARED_MEMORY / f"{SHARED_PREFIX}{name}"
 
 
+def shared_files() -> list[Path]:
+    """Return all such files that there are on this host, whoever's."""
+    return list(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*"))
+
+
 def checkpoint_folder(config: Config, run_path: Path) -> Path:
     """Return the folder for the checkpoints of the run in `run_path`."""
     return Path(config.checkpoint_dir) / run_path.name if config.checkpoint_dir else run_path / "checkpoints"

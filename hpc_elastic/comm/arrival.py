@@ -206,6 +206,8 @@ class Arrivals:
 
     def _connect(self, lot: list[Arrival]) -> None:
         for arrival in lot:
+            if self._called_off or any(other.error for other in self.all):
+                return
             begun = self._clock()
             connected = threading.Event()
             threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..model import Move
 from ..partition import blocks
 from .messages import FILL_TAG, MEET_TAG, MOVE_TAG, PART_TAG
-from .waiting import BYTES_PER_S, LARGE_BYTES, STEADY_S, YIELD_S, Watch, keep
+from .waiting import LARGE_BYTES, Watch, busy, keep
 
 Array = NDArray[np.generic]
 NOTHING = bytearray()
@@ -158,7 +158,7 @@ class Collectives:
         if meets:
             for ranks in circles:
                 self.barrier(ranks)
-        flight = Flight(self.comm, self.watch, STEADY_S if meets else YIELD_S + nbytes / BYTES_PER_S)
+        flight = Flight(self.comm, self.watch, busy(nbytes, MEET_BYTES))
         try:
             yield flight
             flight.wait(flight.requests)
@@ -198,8 +198,10 @@ class Flight:
         """Begin to send arrays to ranks, and to receive into others; return what to wait for."""
         parts, places = [(rank, _bytes(array)) for rank, array in sends], [(rank, _bytes(array)) for rank, array in receives]
         requests: list[MPI.Request] = []
-        self._watch.begin(_begun(self._comm, parts, places, tag), requests)
-        self.requests += requests
+        try:
+            self._watch.begin(_begun(self._comm, parts, places, tag), requests)
+        finally:  # those before one that fails are under way as well
+            self.requests += requests
         return requests
 
     def wait(self, requests: list[MPI.Request]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LaunchError
-from ..places import SHARED_MEMORY, SHARED_PREFIX
+from ..places import SHARED_MEMORY, shared_files
 
 
 @dataclass(frozen=True)
@@ -168,20 +168,20 @@ def _maps(process: str) -> str:
 
 
 def own_shared_memory() -> list[Path]:
-    """Return the segments, of the MPIs and our own, that this process maps."""
+    """Return the segments of the MPIs that this process maps."""
     maps = _maps("self")
     return [path for path in _segments() if str(path) in maps]
 
 
 def _segments() -> list[Path]:
-    patterns = [f"{SHARED_PREFIX}*", *(pattern for vendor in VENDORS for pattern in vendor.leaves_shared_memory)]
+    patterns = [pattern for vendor in VENDORS for pattern in vendor.leaves_shared_memory]
     return [path for pattern in patterns for path in SHARED_MEMORY.glob(pattern)]
 
 
 def orphaned_shared_memory(since: float = 0.0) -> list[Path]:
-    """Return this user's segments, changed after the time `since`, that no live process maps."""
+    """Return this user's segments, of the MPIs and our own, changed after the time `since`, that no live process maps."""
     found = []
-    for path in _segments():
+    for path in (*_segments(), *shared_files()):
         try:
             status = path.stat()
         except FileNotFoundError:

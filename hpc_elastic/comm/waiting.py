@@ -97,9 +97,9 @@ def limited(limit_s: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def busy(nbytes: int) -> float:
+def busy(nbytes: int, large_bytes: int = LARGE_BYTES) -> float:
     """Return for how many seconds to poll without pauses for one message of several, with `nbytes` bytes in all."""
-    return YIELD_S + nbytes / BYTES_PER_S if nbytes < LARGE_BYTES else STEADY_S
+    return YIELD_S + nbytes / BYTES_PER_S if nbytes < large_bytes else STEADY_S
 
 
 class Watch:

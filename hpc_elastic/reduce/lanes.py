@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     ----------
     counts : tuple of int
         How many sums each host has.
-    own : tuple of (list of int, Tree)
+    own : tuple of (tuple of int, Tree)
         For each sum of this host: which of its ranks' partial sums it is made of, and how.
     order : tuple of (int, int)
         Host and number of each operand of the whole sum, in the order of the leaves: of this host the partial sums of its
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     """
 
     counts: tuple[int, ...]
-    own: tuple[tuple[list[int], Tree], ...]
+    own: tuple[tuple[tuple[int, ...], Tree], ...]
     order: tuple[tuple[int, int], ...]
     tree: Tree
 
@@ -58,7 +58,7 @@ def plan_of(there: There, hosts: Hosts, host: int) -> Plan:
     order = sorted((node.start, number, i) for number, nodes in enumerate(operands) for i, node in enumerate(nodes))
     return Plan(
         tuple(len(nodes) for nodes in roots),
-        tuple((indices, pairs(parts[host][i] for i in indices)) for indices in within),
+        tuple((tuple(indices), pairs(parts[host][i] for i in indices)) for indices in within),
         tuple((number, i) for _, number, i in order),
         pairs(operands[number][i] for _, number, i in order),
     )

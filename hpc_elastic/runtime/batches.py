@@ -23,6 +23,8 @@ Decode = Callable[[dict[str, Array], np.random.Generator], Fields]
 
 WORTH_S = 5e-4  # what takes less is done when it is needed: handing it to a thread and back costs a tenth of this
 
+KEPT = 3  # batches: one that is computed from, one that comes, and one that the last step's variables still hold
+
 
 def _references(batch: dict[str, Array]) -> int:
     """Return the most references that there are to an array of a batch, those of this function included."""
@@ -35,7 +37,9 @@ UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
 class Samples(Protocol):
     """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None.
 
-    With the attribute ``reads_ahead = True``, `gather` is also called in a thread, and with the arrays to fill, `out`.
+    With the attribute ``reads_ahead = True``, `gather` is also called in a thread, and with the arrays to fill, `out`: those
+    that it returned before, which are the job's from then on. A method ``share_chunks(key)`` is called with a key that the
+    ranks of a job have in common.
     """
 
     chunk_samples: int | None
@@ -132,7 +136,7 @@ class Batches:
     def close(self) -> None:
         """Let go of the thread."""
         if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.shutdown(cancel_futures=True)  # waits for what is being gathered: the data may be closed next
 
     def _make(self, share: Share) -> list[Microbatch]:
         if not share.cuts:
@@ -157,8 +161,8 @@ class Batches:
             if _references(batch) <= UNHELD and all(len(array) >= n for array in batch.values()):
                 return self._data.gather(samples, batch)  # type: ignore[call-arg]
         fields = self._data.gather(samples)
-        self._batches = [batch for batch in self._batches if all(len(array) >= n for array in batch.values())]
-        self._batches.append(fields)
+        if all(array.base is None for array in fields.values()):  # not a part of something else
+            self._batches = [*self._batches, fields][-KEPT:]
         return {name: array[:] for name, array in fields.items()}
 
     def _decoded(self, step: int, index: int, fields: dict[str, Array]) -> Fields:

@@ -204,8 +204,8 @@ class Job:
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
-        if hasattr(data, "share"):
-            data.share(str(self.session.run.path))
+        if hasattr(data, "share_chunks"):
+            data.share_chunks(str(self.session.run.path))
 
         def at(cursor: Cursor) -> Batch | None:
             stop = min(cursor.position + batch, len(data))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from pathlib import Path
 from typing import Any, Protocol
 
 import h5py
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import ShardError
 from . import codecs
-from .files import Field, ShardFile, opened, same_in_numpy
+from .files import Field, ShardFile, advice, opened, same_in_numpy
 from .rows import Bytes
 
 BLOCK_BYTES = 1 << 20  # read at once from data sets that have no chunks and can't be mapped
@@ -33,9 +34,20 @@ class Chunks(Protocol):
         ...
 
 
-def chunks_of(file: ShardFile, name: str) -> Chunks:
+class Opened:
+    """A file to read from."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path} can't be opened, {error.strerror}: {advice(error)}") from error
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+def chunks_of(file: ShardFile, name: str, opened: Opened) -> Chunks:
     """Return the chunks of a field that is not mapped."""
-    return Direct.of(file, name) or ThroughHdf5(file, name)
+    return Direct.of(file, name, opened) or ThroughHdf5(file, name)
 
 
 class ThroughHdf5:
@@ -56,7 +68,8 @@ class ThroughHdf5:
 class Direct:
     """Chunks that are read from the file and undone by `codecs`."""
 
-    def __init__(self, file: ShardFile, name: str, data: h5py.Dataset) -> None:
+    def __init__(self, file: ShardFile, name: str, opened: Opened, data: h5py.Dataset) -> None:
+        self._opened = opened
         self._path, self._name, self._samples = file.path, name, file.samples
         self._field = file.fields[name]
         self.length = data.chunks[0]
@@ -67,11 +80,9 @@ class Direct:
         self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
         data.id.chunk_iter(self._note)
         self._own = threading.local()  # several threads read
-        self._descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._descriptor)
 
     @classmethod
-    def of(cls, file: ShardFile, name: str) -> Direct | None:
+    def of(cls, file: ShardFile, name: str, source: Opened) -> Direct | None:
         """Return the chunks of a field, or None if they have to go through HDF5."""
         field = file.fields[name]
         with opened(file.path) as stream:
@@ -79,7 +90,7 @@ class Direct:
             plist = data.id.get_create_plist()
             filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
             plain = data.chunks and data.chunks[1:] == field.shape and same_in_numpy(data)
-            return cls(file, name, data) if plain and codecs.known(filters) else None
+            return cls(file, name, source, data) if plain and codecs.known(filters) else None
 
     def _note(self, chunk: h5py.h5d.StoreInfo) -> None:
         self._places[chunk.chunk_offset[0] // self.length] = chunk.byte_offset, chunk.size, chunk.filter_mask
@@ -101,7 +112,7 @@ class Direct:
         whole = out.reshape(-1)
         stored = self._stored(nbytes) if filters else whole
         try:
-            got = os.preadv(self._descriptor, [stored.data], offset)
+            got = os.preadv(self._opened.descriptor, [stored.data], offset)
             codecs.decode(stored if got == nbytes else stored[:got], filters, self._field.dtype.itemsize, whole)
         except (codecs.DamagedError, OSError) as error:
             raise ShardError(

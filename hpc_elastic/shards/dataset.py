@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ShardError
-from ..places import shared_memory
-from .chunked import chunks_of
+from ..places import SHARED_MEMORY, shared_files, shared_memory
+from .chunked import Opened, chunks_of
 from .files import Field, ShardFile, check_alike, described, found_at
-from .kept import Store
+from .kept import Store, remove_unused
 from .mapped import Mapped, Mapping, advise
 from .rows import Bytes, Numbers, rows_of
 
@@ -76,8 +78,10 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         self.chunk_samples = max([*chunks, *([block_samples] if block_samples else [])], default=None)
         self._starts = np.cumsum([0, *(file.samples for file in files)])
         self._length = int(self._starts[-1])
+        self._cache_bytes = cache_bytes
         self._closed = False
         self._stores: dict[str, Store] = {}
+        self._files: dict[int, Opened] = {}
         self._sources: list[list[Source]] = []
         self._open(cache_bytes, block_samples)
 
@@ -101,7 +105,7 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         for name, where in chunked.items():
             if where:
                 budget = cache_bytes * self.fields[name].nbytes // max(1, share)
-                parts = [chunks_of(self.files[i], name) for i in where]
+                parts = [chunks_of(self.files[i], name, self._opened(i)) for i in where]
                 self._stores[name] = Store(parts, self.fields[name].nbytes, budget)
         for i, (file, mapping) in enumerate(zip(self.files, mappings, strict=True)):
             row: list[Source] = []
@@ -112,6 +116,12 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
                 elif file.samples:
                     row.append(InStore(self._stores[name], chunked[name].index(i)))
             self._sources.append(row)
+
+    def _opened(self, number: int) -> Opened:
+        """Return a file, opened once for all its fields that have chunks."""
+        if number not in self._files:
+            self._files[number] = Opened(self.files[number].path)
+        return self._files[number]
 
     def __len__(self) -> int:
         return self._length
@@ -125,16 +135,31 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         self._sources = []
         for store in self._stores.values():
             store.close()
-        self._stores = {}
+        self._stores, self._files = {}, {}
 
-    def share(self, key: str) -> None:
+    def share_chunks(self, key: str) -> None:
         """Keep decompressed chunks together with the processes of this host that call this with the same `key`.
 
-        Only if all chunks fit into the budget; else each process keeps those it used last.
+        Only if all chunks fit into the budget, and into the host's shared memory; else each process keeps those it used
+        last. What processes that were killed have left there is removed.
         """
-        for name, store in self._stores.items():
-            digest = hashlib.sha256(json.dumps([key, name, *(str(file.path) for file in self.files)]).encode())
-            store.share(shared_memory(digest.hexdigest()[:24]))
+        if not self._stores:
+            return
+        paths = {name: self._shared_file(key, name) for name in self._stores}
+        nbytes = sum(count * each for count, each in (store.shape for store in self._stores.values()))
+        with contextlib.suppress(OSError):
+            remove_unused(set(shared_files()) - set(paths.values()))
+            there = sum(path.stat().st_blocks * 512 for path in paths.values() if path.exists())
+            if nbytes <= min(self._cache_bytes, shutil.disk_usage(SHARED_MEMORY).free + there):
+                for name, store in self._stores.items():
+                    store.share(paths[name])
+
+    def _shared_file(self, key: str, name: str) -> Path:
+        """Return the file for a field's chunks: another one for other content."""
+        found = [(str(self.files[i].path), os.fstat(opened.descriptor)) for i, opened in sorted(self._files.items())]
+        which = [(path, one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found]
+        digest = hashlib.sha256(json.dumps([key, name, self._stores[name].shape, which]).encode())
+        return shared_memory(digest.hexdigest()[:24])
 
     @property
     def fingerprint(self) -> str:

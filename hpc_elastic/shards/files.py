@@ -1,8 +1,9 @@
-"""Shard files: which there are, and what they hold. With `chunks` and `writing`, what speaks to HDF5."""
+"""Shard files: which there are, and what they hold. With `chunked` and `writing`, what speaks to HDF5."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import importlib
 import math
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ShardError
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)\.h5")
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,15 @@ def opened(path: Path) -> Iterator[h5py.File]:
         raise ShardError(f"{path} does not exist: correct the path, or write it with `hpc-elastic pack`") from error
     except PermissionError as error:
         raise ShardError(f"{path} may not be read by this user: change its permissions") from error
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-    ) as error:  # what h5py makes of damage differs from case to case
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # what h5py makes of damage differs from case to case
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise ShardError(f"{path} can't be opened, too many files are open: {advice(error)}") from error
         raise ShardError(f"{path} is truncated or damaged, copy or pack it again: {error}") from error
+
+
+def advice(error: OSError) -> str:
+    """Return what to do about a file that can't be opened or mapped."""
+    return "pack fewer and larger shards, or raise `ulimit -n`" if error.errno == errno.EMFILE else "try again"
 
 
 def described(path: Path) -> ShardFile:

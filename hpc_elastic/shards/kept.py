@@ -6,12 +6,11 @@ import contextlib
 import fcntl
 import mmap
 import os
-import shutil
 import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,16 @@ from ..errors import ShardError
 from .chunked import Chunks
 from .rows import Bytes, Numbers, copy
 
+MOST_THREADS = 4  # that decompress in one process: other ranks have theirs
 WAIT_S = 0.25  # for a chunk that another process is about to read; then it is read twice
 LOOK_S = 0.0005
 
 T = TypeVar("T")
 Read = Callable[[int, Bytes], None]
+
+
+class NoRoomError(Exception):
+    """The host has no memory for chunks that processes share."""
 
 
 class Places(Protocol):
@@ -72,40 +76,63 @@ class Store:
         self.count = int(self._firsts[-1])
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()  # one thread may read ahead while another one reads something else
-        self._places: Places = Recent(
-            self.count, max(1, min(self.count, budget_bytes // self._chunk_bytes)), self._chunk_bytes
-        )
+        self._closed = False
+        self._places: Places = self._of_this_process()
 
     @property
     def _chunk_bytes(self) -> int:
         return max(1, self._length * self._nbytes)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many chunks there are, and bytes of each."""
+        return self.count, self._chunk_bytes
+
+    def _of_this_process(self) -> Recent:
+        slots = max(1, min(self.count, self._budget_bytes // self._chunk_bytes))
+        return Recent(self.count, slots, self._chunk_bytes)
+
     def share(self, path: Path) -> None:
-        """Keep all chunks in the file `path`, in memory, with the other processes of this host, if the budget allows it."""
-        nbytes = self.count * self._chunk_bytes
-        if nbytes <= min(self._budget_bytes, shutil.disk_usage(path.parent).free):
-            with contextlib.suppress(OSError):  # no room, or not ours: each keeps its own
-                self._places = Shared(path, self.count, self._chunk_bytes)
+        """Keep all chunks in the file `path`, in memory, with the other processes of this host.
+
+        Raises
+        ------
+        OSError
+            If the file can't be had, or is not what it should be. Then all stays as it was.
+        """
+        with self._lock:
+            self._places = Shared(path, *self.shape)
 
     def close(self) -> None:
         """Let go of what is kept."""
         with self._lock:
+            self._closed = True
             self._places.close()
 
     def take(self, part: int, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
         """Copy the samples `wanted` of a part to the rows `places` of `target`."""
         chunks = wanted // self._parts[part].length
         with self._lock:
-            needed = self._places.missing(chunks + self._firsts[part])
-            if len(needed) == 0:
-                self._copy(part, chunks, wanted, target, places)
-                return
-            needed = np.unique(chunks)
-            for start in range(0, len(needed), self._places.slots):
-                group = needed[start : start + self._places.slots]
-                some = np.flatnonzero(np.isin(chunks, group))
-                self._places.fetch(group + self._firsts[part], partial(self._read, part))
-                self._copy(part, chunks[some], wanted[some], target, some if places is None else places[some])
+            if self._closed:
+                raise ShardError("the shards were closed while they were read: open them again with open_shards")
+            try:
+                self._take(part, chunks, wanted, target, places)
+            except NoRoomError:
+                self._places.close()
+                self._places = self._of_this_process()
+                self._take(part, chunks, wanted, target, places)
+
+    def _take(self, part: int, chunks: Numbers, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
+        needed = self._places.missing(chunks + self._firsts[part])
+        if len(needed) == 0:
+            self._copy(part, chunks, wanted, target, places)
+            return
+        needed = np.unique(chunks)
+        for start in range(0, len(needed), self._places.slots):
+            group = needed[start : start + self._places.slots]
+            some = np.flatnonzero(np.isin(chunks, group))
+            self._places.fetch(group + self._firsts[part], partial(self._read, part))
+            self._copy(part, chunks[some], wanted[some], target, some if places is None else places[some])
 
     def _read(self, part: int, chunk: int, memory: Bytes) -> None:
         reader = self._parts[part]
@@ -142,7 +169,7 @@ class Recent:
         away = self._chunk_in[slots]
         self._slot_of[away[away >= 0]] = -1
         self._chunk_in[slots], self._used[slots] = -1, 0
-        together(lambda chunk, slot: read(chunk, self.memory[slot]), missing.tolist(), slots.tolist())
+        side_by_side(lambda chunk, slot: read(chunk, self.memory[slot]), missing.tolist(), slots.tolist())
         self._slot_of[missing], self._chunk_in[slots], self._used[slots] = slots, missing, self._calls
 
     def slots_of(self, chunks: Numbers) -> Numbers:
@@ -165,8 +192,12 @@ class Shared:
         self._nbytes = nbytes
         self._file = _open_own(path)
         self._close = weakref.finalize(self, _close, self._file, path)
-        os.ftruncate(self._file, self._begin + count * nbytes)  # of one that is there, the length it has
-        whole = np.frombuffer(mmap.mmap(self._file, self._begin + count * nbytes), np.uint8)
+        length = self._begin + count * nbytes
+        if os.fstat(self._file).st_size not in (0, length):
+            self._close()
+            raise FileExistsError(f"{path} is of another length")
+        os.ftruncate(self._file, length)
+        whole = np.frombuffer(mmap.mmap(self._file, length), np.uint8)
         self.memory = whole[self._begin :].reshape(count, nbytes)
         self._seen = np.zeros(count, bool)
 
@@ -184,7 +215,7 @@ class Shared:
         # From different places on, so that processes that need the same chunks share the work.
         begin = os.getpid() % len(missing) if missing else 0
         missing = missing[begin:] + missing[:begin]
-        done = together(lambda chunk: self._claim(chunk, read), missing)
+        done = side_by_side(lambda chunk: self._claim(chunk, read), missing)
         for chunk in (chunk for chunk, claimed in zip(missing, done, strict=True) if not claimed):
             deadline = time.monotonic() + WAIT_S
             while len(self.missing(np.array([chunk]))):
@@ -216,22 +247,20 @@ class Shared:
                 self._file, self._begin + chunk * self._nbytes, self._nbytes
             )  # else SIGBUS, if there is no room
         except OSError as error:
-            raise ShardError(
-                f"no memory for decompressed chunks in /dev/shm, {error.strerror}: make room, or open the shards with a "
-                "smaller cache_bytes"
-            ) from error
+            raise NoRoomError(error.strerror) from error
         self.memory[chunk] = beside
         os.pwrite(self._file, b"\1", chunk)
         self._seen[chunk] = True
 
     def close(self) -> None:
         self._close()
+        self._file = -1  # the number may be another file's soon
         self.slots, self.memory = 1, np.empty((1, 0), np.uint8)
 
 
-def together(work: Callable[..., T], *arguments: Sequence[int]) -> list[T]:
-    """Return what `work` returns for each of the `arguments`, done by as many threads as this process has cores."""
-    threads = min(len(arguments[0]), len(os.sched_getaffinity(0)))
+def side_by_side(work: Callable[..., T], *arguments: Sequence[int]) -> list[T]:
+    """Return what `work` returns for each of the `arguments`, done by a few threads if this process has the cores."""
+    threads = min(len(arguments[0]), len(os.sched_getaffinity(0)), MOST_THREADS)
     if threads < 2:  # noqa: PLR2004
         return list(map(work, *arguments))
     # Made anew for each window of chunks, which takes some ms: threads that stay would not be there in a forked process.
@@ -240,25 +269,44 @@ def together(work: Callable[..., T], *arguments: Sequence[int]) -> list[T]:
 
 
 def _open_own(path: Path) -> int:
-    """Open a file that is shared, or make it.
+    """Open a file that is shared, or make it, and lock it as one that is in use.
 
     Raises
     ------
     OSError
         If that can't be done, or it is somebody else's.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    found = os.fstat(file)
-    if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
-        os.close(file)
-        raise PermissionError(f"{path} is not ours alone")
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        found = os.fstat(file)
+        if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+            os.close(file)
+            raise PermissionError(f"{path} is not ours alone")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _stands_at(file, path):
+            return file
+        os.close(file)  # the last one who used it removed it just now
+
+
+def _stands_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _close(file: int, path: Path) -> None:
     """Let go of a shared file; the last one to do so removes it."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+        if _stands_at(file, path):
+            path.unlink()
     os.close(file)
+
+
+def remove_unused(paths: Iterable[Path]) -> None:
+    """Remove those shared files of this user that no process uses: what used them was killed."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.geteuid():
+                _close(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 
 import numpy as np
 
 from ..errors import ShardError
-from .files import ShardFile
+from .files import ShardFile, advice
 from .rows import Bytes, Numbers, copy
 
 FITS = 0.5  # of the host's memory: a set up to there is read ahead as a whole
@@ -29,8 +28,7 @@ class Mapping:
             with file.path.open("rb") as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:  # Python keeps a descriptor for each map
-            advice = "pack fewer and larger shards, or raise `ulimit -n`" if error.errno == errno.EMFILE else "try again"
-            raise ShardError(f"{file.path} can't be mapped, {error.strerror}: {advice}") from error
+            raise ShardError(f"{file.path} can't be mapped, {error.strerror}: {advice(error)}") from error
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     def advise(self, advice: int) -> None:
@@ -81,11 +79,11 @@ class Mapped:
 def advise(mappings: list[Mapping], nbytes: int, block: int | None) -> bool:
     """Tell the kernel how a set of `nbytes` will be read; False if it is larger than memory and has no blocks."""
     if nbytes <= FITS * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
-        advice = mmap.MADV_WILLNEED
+        how = mmap.MADV_WILLNEED
     elif block:
         return True
     else:
-        advice = mmap.MADV_RANDOM
+        how = mmap.MADV_RANDOM
     for mapping in mappings:
-        mapping.advise(advice)
-    return advice == mmap.MADV_WILLNEED
+        mapping.advise(how)
+    return how == mmap.MADV_WILLNEED

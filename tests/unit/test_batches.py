@@ -115,6 +115,33 @@ def test_arrays_that_are_held_stay_as_they_are(shards):
     made.close()
 
 
+def test_not_more_batches_than_needed_are_kept(shards):
+    made = Batches(shards, Order(N, 3))
+    held = [take(made, share)[0]["label"] for share, _ in shares((0, 4))]
+    assert len(made._batches) == batches.KEPT < len(held)
+    made.close()
+
+
+@pytest.mark.usefixtures("ahead")
+def test_arrays_of_others_are_not_filled():
+    """A set may return parts of what it has."""
+
+    class Parts(Own):
+        reads_ahead = True
+
+        def gather(self, samples, out=None):
+            assert out is None
+            start = int(samples[0])
+            return {"image": IMAGES[start : start + len(samples)]}
+
+    made = Batches(Parts(), Order(N, 3, shuffle=False))
+    before = IMAGES.copy()
+    for share, following in shares((0, 4)):
+        take(made, share, following)
+    np.testing.assert_array_equal(IMAGES, before)
+    made.close()
+
+
 def test_arrays_are_filled_again(shards, ahead):
     order = Order(N, 3)
     made = Batches(shards, order)
@@ -177,7 +204,8 @@ class Own:
     def __len__(self):
         return N
 
-    def gather(self, samples):
+    def gather(self, samples, out=None):
+        assert out is None
         assert threading.current_thread() is threading.main_thread()
         return {"image": IMAGES[samples], "label": LABELS[samples]}
 

@@ -65,7 +65,7 @@ def test_chunks_are_read_as_hdf5_reads_them(tmp_path_factory, filters, user_bloc
     with open_shards(path, cache_bytes=1) as opened:
         order = RNG.permutation(n)
         assert opened.gather(order)["value"].tobytes() == array[order].tobytes()
-    direct = isinstance(chunked.chunks_of(described(path), "value"), chunked.Direct)
+    direct = isinstance(chunked.chunks_of(described(path), "value", chunked.Opened(path)), chunked.Direct)
     assert direct == (filters in COMPRESSIONS)
 
 
@@ -284,13 +284,94 @@ def test_sets_share_if_the_budget_allows_it(tmp_path):
     for budget, shared in ((13 * 64, 1), (13 * 64 - 1, 0)):
         with open_shards(tmp_path, budget) as one, open_shards(tmp_path, budget) as other:
             for each in (one, other):
-                each.share(key)
+                each.share_chunks(key)
             new = set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) - before
             assert len(new) == shared
             assert all(path.stat().st_mode & 0o777 == 0o600 for path in new)
             for each in (one, other):
                 assert each.gather(np.arange(100))["value"].tolist() == list(range(100))
         assert set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) == before
+
+
+def compressed(path, values):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("value", data=values, chunks=(8,), compression="gzip")
+
+
+def shared_now():
+    return set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*"))
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    key, before = uuid.uuid4().hex, shared_now()
+
+    def dies():
+        opened = open_shards(tmp_path)
+        opened.share_chunks(key)
+        opened.gather([1])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    fork(dies).join(30)
+    assert len(shared_now() - before) == 1
+    with open_shards(tmp_path) as opened, open_shards(tmp_path) as other:
+        opened.share_chunks("another key")
+        other.share_chunks("another key")
+        assert len(shared_now() - before) == 1
+    assert shared_now() == before
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_one_before(tmp_path):
+    key, before = uuid.uuid4().hex, shared_now()
+    compressed(tmp_path / "a.h5", np.arange(100))
+    old = open_shards(tmp_path)
+    old.share_chunks(key)
+    assert old.gather([7])["value"] == 7
+    compressed(tmp_path / "b.h5", np.arange(100) + 1)
+    (tmp_path / "b.h5").replace(tmp_path / "a.h5")
+    with open_shards(tmp_path) as new:
+        new.share_chunks(key)
+        assert new.gather([7])["value"] == 8
+        assert old.gather([90])["value"] == 90
+    old.close()
+    assert shared_now() == before
+
+
+def test_file_of_another_length_is_not_used(path):
+    first = Shared(path, COUNT, NBYTES)
+    with pytest.raises(FileExistsError, match="another length"):
+        Shared(path, COUNT, NBYTES + 1)
+    check(first, [3])
+    first.close()
+
+
+def test_without_room_each_keeps_its_own(tmp_path, monkeypatch):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    key, before = uuid.uuid4().hex, shared_now()
+    monkeypatch.setattr(kept.os, "posix_fallocate", lambda *_: os.pread(-1, 1, 0))  # fails
+    with open_shards(tmp_path) as opened:
+        opened.share_chunks(key)
+        assert opened.gather(np.arange(100))["value"].tolist() == list(range(100))
+        assert shared_now() == before
+
+
+def test_no_shared_memory_at_all(tmp_path, monkeypatch):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    monkeypatch.setattr("hpc_elastic.places.SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr("hpc_elastic.shards.dataset.SHARED_MEMORY", tmp_path / "none")
+    with open_shards(tmp_path / "a.h5") as opened:
+        opened.share_chunks("key")
+        assert opened.gather([99])["value"] == 99
+
+
+def test_closed_while_it_is_read(tmp_path):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    opened = open_shards(tmp_path)
+    opened.share_chunks(uuid.uuid4().hex)
+    (source,) = opened._sources[0]
+    opened.close()
+    with pytest.raises(ShardError, match="closed while they were read"):
+        source.take(np.array([3]), np.empty((1, 8), np.uint8), None)
 
 
 def test_blocks_of_contiguous_data(tmp_path):

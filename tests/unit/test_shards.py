@@ -132,7 +132,7 @@ def test_no_file_stays_open(mixed):
     opened = open_shards(mixed)
     check(opened, np.arange(100))
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
-    assert descriptors() == before + 1 + 2  # a mapping, and two fields with chunks that are read past HDF5
+    assert descriptors() == before + 1 + 2  # a mapping, and two files with chunks
     opened.close()
     assert descriptors() == before
 
@@ -148,6 +148,25 @@ def test_more_files_than_a_process_may_map(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(open_shards(tmp_path)) == 30
+
+
+def test_more_chunked_files_than_a_process_may_open(tmp_path):
+    for i in range(30):
+        with h5py.File(tmp_path / f"{i}.h5", "w") as file:
+            for name, array in fields(i, i + 1).items():
+                file.create_dataset(name, data=array, chunks=array.shape)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 20, hard))
+    try:
+        with pytest.raises(ShardError, match=r"can't be opened, .*oo many .*pack fewer and larger shards"):
+            open_shards(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    before = descriptors()
+    with open_shards(tmp_path) as opened:
+        assert len(opened) == 30
+        assert descriptors() == before + 30  # one a file, however many fields it has
+    assert descriptors() == before
 
 
 def test_set_outlives_the_replacement_of_its_file(tmp_path):
