@@ -29,7 +29,7 @@ def wire_of(name: str | None) -> np.dtype[Any] | None:
     ConfigError
         If there is none.
     """
-    if name is not None and name not in WIRES:
+    if name is not None and (not isinstance(name, str) or name not in WIRES):
         raise ConfigError(f"wire={name!r}: take {' or '.join(map(repr, WIRES))}, or None for the arrays' own precision")
     return None if name is None else WIRES[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -111,6 +111,7 @@ class Batches:
         self._batches: list[dict[str, Array]] = []  # which are filled again when nobody holds them any more
         self._ahead: tuple[Share, Future[list[Microbatch]]] | None = None
         self._took_s = 0.0
+        self._over = False
 
     @property
     def slow(self) -> bool:
@@ -136,6 +137,7 @@ class Batches:
     def close(self) -> None:
         """Let go of the thread."""
         if self._threads is not None:
+            self._over = True
             self._threads.shutdown(cancel_futures=True)  # waits for what is being gathered: the data may be closed next
 
     def _make(self, share: Share) -> list[Microbatch]:
@@ -146,6 +148,8 @@ class Batches:
         fields = self._gather(samples)
         found = []
         for index, start, stop in share.cuts:
+            if self._over:
+                raise CancelledError
             cut = slice(start, stop)
             found.append(
                 Microbatch(index, samples[cut], self._decoded(share.step, index, {n: f[cut] for n, f in fields.items()}))
@@ -170,8 +174,10 @@ class Batches:
             return fields
         n = len(next(iter(fields.values())))
         decoded = self._decode(fields, random_of(self._order.seed, step, index))
-        if not isinstance(decoded, Mapping) or any(len(array) != n for array in decoded.values()):
-            raise StepError(
-                f"decode must return a dict of arrays with the {n} samples that it was given, not {type(decoded)}"
-            )
+        if not isinstance(decoded, Mapping) or not decoded:
+            raise StepError(f"decode must return a dict of arrays, not {decoded!r:.100}")
+        for name, array in decoded.items():
+            if not np.shape(array) or len(array) != n:
+                got = f"an array {list(np.shape(array))}" if hasattr(array, "shape") else f"{array!r:.100}"
+                raise StepError(f"decode must return arrays of the {n} samples that it was given, and {name!r} is {got}")
         return decoded

@@ -67,6 +67,8 @@ class Collective:
     def allreduce(self, array: Any, out: Array | None = None, *, exact: bool = True, wire: str | None = None) -> Array:
         """See the function `allreduce`."""
         world, value = self._joined(), numbers(array)
+        if value.dtype.kind == "c":
+            raise ArrayError(f"allreduce of {_text(value)}: give the real and the imaginary part, as an array of floats")
         if out is not None and (out.shape, out.dtype, _far(out)) != (value.shape, value.dtype, _far(value)):
             raise ArrayError(f"allreduce of {_text(value)}: out is {_text(out)}, and must be alike")
         if not (exact and world.board.whole) and not world.same(zlib.crc32(f"{_text(value)} {exact} {wire}".encode())):

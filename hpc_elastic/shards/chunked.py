@@ -45,15 +45,16 @@ class Opened:
         weakref.finalize(self, os.close, self.descriptor)
 
 
-def chunks_of(file: ShardFile, name: str, opened: Opened) -> Chunks:
+def chunks_of(file: ShardFile, name: str, source: Opened) -> Chunks:
     """Return the chunks of a field that is not mapped."""
-    return Direct.of(file, name, opened) or ThroughHdf5(file, name)
+    return Direct.of(file, name, source) or ThroughHdf5(file, name, source)
 
 
 class ThroughHdf5:
     """What only HDF5 can read: types that it converts, filters of others, chunks of parts of samples, compact data."""
 
-    def __init__(self, file: ShardFile, name: str) -> None:
+    def __init__(self, file: ShardFile, name: str, source: Opened) -> None:
+        self._source = source
         self._file, self._name, self._field = file, name, file.fields[name]
         self.length = file.layouts[name].chunk or max(1, BLOCK_BYTES // max(1, self._field.nbytes))
         self.count = -(-file.samples // self.length)
@@ -61,15 +62,17 @@ class ThroughHdf5:
     def read(self, chunk: int, out: Bytes) -> None:
         start = chunk * self.length
         stop = min(start + self.length, self._file.samples)
-        with opened(self._file.path) as file:
+        with opened(self._file.path, self._source.descriptor) as file:
             _view(out[: stop - start], self._field)[...] = file[self._name][start:stop]
 
 
 class Direct:
     """Chunks that are read from the file and undone by `codecs`."""
 
-    def __init__(self, file: ShardFile, name: str, opened: Opened, data: h5py.Dataset) -> None:
-        self._opened = opened
+    def __init__(self, file: ShardFile, name: str, source: Opened, data: h5py.Dataset) -> None:
+        self._source = source
+        self._by_hdf5 = ThroughHdf5(file, name, source)
+        self._itemsize = data.dtype.itemsize
         self._path, self._name, self._samples = file.path, name, file.samples
         self._field = file.fields[name]
         self.length = data.chunks[0]
@@ -84,12 +87,11 @@ class Direct:
     @classmethod
     def of(cls, file: ShardFile, name: str, source: Opened) -> Direct | None:
         """Return the chunks of a field, or None if they have to go through HDF5."""
-        field = file.fields[name]
-        with opened(file.path) as stream:
+        with opened(file.path, source.descriptor) as stream:
             data = stream[name]
             plist = data.id.get_create_plist()
             filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
-            plain = data.chunks and data.chunks[1:] == field.shape and same_in_numpy(data)
+            plain = data.chunks and data.chunks[1:] == data.shape[1:] and same_in_numpy(data)
             return cls(file, name, source, data) if plain and codecs.known(filters) else None
 
     def _note(self, chunk: h5py.h5d.StoreInfo) -> None:
@@ -112,9 +114,12 @@ class Direct:
         whole = out.reshape(-1)
         stored = self._stored(nbytes) if filters else whole
         try:
-            got = os.preadv(self._opened.descriptor, [stored.data], offset)
-            codecs.decode(stored if got == nbytes else stored[:got], filters, self._field.dtype.itemsize, whole)
+            got = os.preadv(self._source.descriptor, [stored.data], offset)
+            codecs.decode(stored if got == nbytes else stored[:got], filters, self._itemsize, whole)
         except (codecs.DamagedError, OSError) as error:
+            if rows < self.length:  # the last one may be without filters, if that was asked for
+                self._by_hdf5.read(chunk, out)
+                return
             raise ShardError(
                 f"{self._path} is truncated or damaged, copy or pack it again: chunk {chunk} of {self._name!r}, {error}"
             ) from error

@@ -49,6 +49,13 @@ class InStore:
         self._store.take(self._part, wanted, target, places)
 
 
+class Nothing:
+    """A field whose samples have no bytes."""
+
+    def take(self, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
+        """There is nothing to copy."""
+
+
 class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
     """Shards as one set of samples, numbered through all files in their order.
 
@@ -99,7 +106,8 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
             )
         chunked: dict[str, list[int]] = {
             name: [i for i, file in enumerate(self.files) if file.layouts[name].offset is None and file.samples]
-            for name in self.fields
+            for name, field in self.fields.items()
+            if field.nbytes
         }
         share = sum(self.fields[name].nbytes for name, where in chunked.items() if where)
         for name, where in chunked.items():
@@ -111,7 +119,9 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
             row: list[Source] = []
             for name, field in self.fields.items():
                 offset = file.layouts[name].offset
-                if offset is not None and mapping is not None:
+                if not field.nbytes:
+                    row.append(Nothing())
+                elif offset is not None and mapping is not None:
                     row.append(Mapped(mapping, offset, file.samples, field.nbytes, block_samples))
                 elif file.samples:
                     row.append(InStore(self._stores[name], chunked[name].index(i)))
@@ -163,9 +173,10 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the fields and of the files' lengths: ranks that opened the same data have the same."""
+        """SHA-256 of the fields, of the files' lengths and of chunks: ranks that opened the same data have the same."""
         fields = [(name, field.shape, field.dtype.descr) for name, field in self.fields.items()]
-        content = json.dumps([fields, [file.samples for file in self.files]])
+        chunks = [self.chunk_samples] if self.chunk_samples else []  # the order depends on it
+        content = json.dumps([fields, [file.samples for file in self.files], *chunks])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def gather(self, samples: ArrayLike, out: Arrays[str, NDArray[Any]] | None = None) -> dict[str, NDArray[Any]]:
@@ -244,12 +255,12 @@ def open_shards(
     ShardError
         If nothing is found, or a file is missing, damaged, foreign or unlike the first; the message says what to do.
     """
-    if block_samples is not None and block_samples < 1:
-        raise ShardError(f"block_samples = {block_samples} must be at least 1")
+    if block_samples is not None and not (isinstance(block_samples, int) and block_samples >= 1):
+        raise ShardError(f"block_samples = {block_samples} must be a whole number, at least 1")
     paths = [path for item in ([where] if isinstance(where, str | Path) else where) for path in found_at(item)]
     if not paths:
         raise ShardError("no shards were named: give a file, a folder, a pattern such as 'digits/*.h5', or a list")
     for path, times in Counter(path.resolve() for path in paths).items():
         if times > 1:
             raise ShardError(f"{path} is named {times} times, so its samples would be repeated: name it once")
-    return ShardSet([described(path) for path in paths], cache_bytes, block_samples)
+    return ShardSet([described(path) for path in paths], int(cache_bytes), block_samples)

@@ -76,9 +76,17 @@ def found_at(where: str | Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file with HDF5; what goes wrong with it is a `ShardError` that says what to do."""
+def opened(path: Path, descriptor: int | None = None) -> Iterator[h5py.File]:
+    """Open a file with HDF5; what goes wrong with it is a `ShardError` that says what to do.
+
+    With a `descriptor` it is that of this file, even if another one has its name by now.
+    """
     try:
+        if descriptor is not None:
+            again = Path(f"/proc/self/fd/{descriptor}")  # opened anew: several threads read, each at a place of its own
+            with again.open("rb") as stream, h5py.File(stream, "r", rdcc_nbytes=0) as file:
+                yield file
+            return
         if not h5py.is_hdf5(path):
             with path.open("rb"):  # says why, if it can't be read at all
                 raise ShardError(f"{path} is not an HDF5 file: convert it with `hpc-elastic pack`")
@@ -116,10 +124,15 @@ def described(path: Path) -> ShardFile:
         lengths = {name: data.shape[0] for name, data in sets.items()}
         if len(set(lengths.values())) > 1:
             raise ShardError(f"{path}: its fields have different numbers of samples, {lengths}: pack it again")
-        fields = {name: Field(data.shape[1:], data.dtype) for name, data in sets.items()}
+        fields = {name: _field(data) for name, data in sets.items()}
         layouts = {name: _layout(path, data) for name, data in sets.items()}
         classes = tuple(np.atleast_1d(file.attrs.get("classes", ())).astype(str).tolist())
     return ShardFile(path, next(iter(lengths.values())), fields, layouts, classes)
+
+
+def _field(data: h5py.Dataset) -> Field:
+    base, shape = data.dtype.subdtype or (data.dtype, ())  # NumPy has no arrays of arrays: those are axes more
+    return Field(data.shape[1:] + shape, base)
 
 
 def _layout(path: Path, data: h5py.Dataset) -> Layout:

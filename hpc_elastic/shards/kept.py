@@ -76,6 +76,7 @@ class Store:
         self.count = int(self._firsts[-1])
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()  # one thread may read ahead while another one reads something else
+        _stores.add(self)
         self._closed = False
         self._places: Places = self._of_this_process()
 
@@ -102,6 +103,12 @@ class Store:
         """
         with self._lock:
             self._places = Shared(path, *self.shape)
+
+    def unlock(self) -> None:
+        """Be as before a read that another process was in."""
+        if self._lock.locked():
+            self._lock = threading.Lock()
+            self._places = self._of_this_process()
 
     def close(self) -> None:
         """Let go of what is kept."""
@@ -144,6 +151,18 @@ class Store:
         rows = self._places.memory[:, : self._length * self._nbytes].reshape(-1, self._nbytes)
         slots = self._places.slots_of(chunks + self._firsts[part])
         copy(rows, slots * self._length + (wanted - chunks * length), target, places)
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _unlock() -> None:
+    """Let a forked process read, though a thread of its parent was just reading."""
+    for store in _stores:
+        store.unlock()
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 class Recent:
@@ -191,7 +210,7 @@ class Shared:
         self._begin = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
         self._nbytes = nbytes
         self._file = _open_own(path)
-        self._close = weakref.finalize(self, _close, self._file, path)
+        self._close = weakref.finalize(self, _close, self._file, path, os.getpid())
         length = self._begin + count * nbytes
         if os.fstat(self._file).st_size not in (0, length):
             self._close()
@@ -246,10 +265,10 @@ class Shared:
             os.posix_fallocate(
                 self._file, self._begin + chunk * self._nbytes, self._nbytes
             )  # else SIGBUS, if there is no room
+            self.memory[chunk] = beside
+            os.pwrite(self._file, b"\1", chunk)
         except OSError as error:
             raise NoRoomError(error.strerror) from error
-        self.memory[chunk] = beside
-        os.pwrite(self._file, b"\1", chunk)
         self._seen[chunk] = True
 
     def close(self) -> None:
@@ -295,12 +314,13 @@ def _stands_at(file: int, path: Path) -> bool:
         return False
 
 
-def _close(file: int, path: Path) -> None:
-    """Let go of a shared file; the last one to do so removes it."""
+def _close(file: int, path: Path, opener: int) -> None:
+    """Let go of a shared file; the last one to do so removes it. A forked process has its parent's lock, and lets it be."""
     with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _stands_at(file, path):
-            path.unlink()
+        if os.getpid() == opener:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _stands_at(file, path):
+                path.unlink()
     os.close(file)
 
 
@@ -309,4 +329,4 @@ def remove_unused(paths: Iterable[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             if path.lstat().st_uid == os.geteuid():
-                _close(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), path)
+                _close(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), path, os.getpid())

@@ -242,10 +242,36 @@ def test_decoding_has_the_same_random_numbers_on_any_rank(shards):
     assert len(set(noises)) == len(noises)
 
 
-@pytest.mark.parametrize("wrong", [lambda _fields, _: None, lambda fields, _: {"image": fields["image"][1:]}])
-def test_what_decoding_must_return(shards, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda _fields, _: None, "a dict of arrays, not None"),
+        (lambda _fields, _: {}, "a dict of arrays, not {}"),
+        (lambda fields, _: {"image": fields["image"][1:]}, r"the 6 samples .* 'image' is an array \[5, 5, 3\]"),
+        (lambda _fields, _: {"image": np.float32(3)}, r"'image' is an array \[\]"),
+        (lambda _fields, _: {"image": 3}, "'image' is 3"),
+    ],
+)
+def test_what_decoding_must_return(shards, wrong, says):
     made = Batches(shards, Order(N, 3), wrong)
     (share, _), *_ = shares((0, 4))
-    with pytest.raises(StepError, match="decode must return a dict of arrays with the 6 samples"):
-        take(made, share)
+    with pytest.raises(StepError, match=says):
+        made.take(share)
     made.close()
+
+
+def test_closing_does_not_wait_for_all_that_is_decoded_ahead(shards):
+    begun, goes_on, decoded = threading.Event(), threading.Event(), []
+
+    def slow(fields, _random):
+        begun.set()
+        decoded.append(goes_on.wait(10))
+        return fields
+
+    made = Batches(shards, Order(N, 3), slow)
+    (share, _), *_ = shares((0, 4))
+    made.begin(share)
+    assert begun.wait(10)
+    threading.Timer(0.05, goes_on.set).start()
+    made.close()
+    assert decoded == [True]  # the one under way, and no other

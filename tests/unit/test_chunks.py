@@ -378,10 +378,87 @@ def test_blocks_of_contiguous_data(tmp_path):
     from hpc_elastic.shards import write_shard
 
     write_shard(Path(tmp_path / "a.h5"), {"value": np.arange(10_000)})
-    with pytest.raises(ShardError, match="block_samples = 0 must be at least 1"):
+    with pytest.raises(ShardError, match="block_samples = 0 must be a whole number"):
         open_shards(tmp_path, block_samples=0)
     with open_shards(tmp_path, block_samples=700) as opened:
         assert opened.chunk_samples == 700
         for _ in range(2):
             order = RNG.permutation(10_000)
             np.testing.assert_array_equal(opened.gather(order)["value"], order)
+
+
+def test_fields_without_bytes(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("none", data=np.zeros((100, 0), "f4"))
+        file.create_dataset("value", data=np.arange(100), chunks=(8,))
+    with open_shards(tmp_path) as opened:
+        found = opened.gather([5, 3])
+        assert found["none"].shape == (2, 0)
+        assert found["value"].tolist() == [5, 3]
+
+
+@pytest.mark.parametrize("how", [{}, {"chunks": (8,)}, {"chunks": (8,), "shuffle": True, "compression": "gzip"}])
+def test_arrays_of_arrays(tmp_path, how):
+    rows = np.arange(60, dtype="f4").reshape(20, 3)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        data = file.create_dataset("value", (20,), np.dtype(("f4", (3,))), **how)
+        data[:] = rows
+        file.create_dataset("empty", (20,), np.dtype(("f4", (2,))), **how)
+    with open_shards(tmp_path) as opened:
+        assert opened.fields["value"].shape == (3,)
+        out = {"value": np.empty((4, 3), "f4"), "empty": np.empty((4, 2), "f4")}
+        np.testing.assert_array_equal(opened.gather([7, 19], out)["value"], rows[[7, 19]])
+        assert not opened.gather([7])["empty"].any()
+
+
+def test_last_chunk_may_be_without_filters(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("value", data=np.arange(100), chunks=(8,), compression="gzip")
+        file["value"].id.write_direct_chunk((96,), np.arange(96, 104).tobytes(), filter_mask=0)
+    with open_shards(tmp_path) as opened:
+        with pytest.raises(ShardError, match="truncated or damaged"):  # HDF5 does not think so either
+            opened.gather([97])
+        assert opened.gather([95])["value"] == 95
+
+
+def test_order_belongs_to_the_fingerprint(tmp_path):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    with open_shards(tmp_path) as eight, open_shards(tmp_path, block_samples=50) as fifty:
+        assert eight.fingerprint != fifty.fingerprint
+
+
+@pytest.mark.parametrize("given", [16.0, "16", 0])
+def test_block_samples_are_whole(tmp_path, given):
+    with pytest.raises(ShardError, match="must be a whole number, at least 1"):
+        open_shards(tmp_path, block_samples=given)
+
+
+def test_forked_process_reads_though_a_thread_was_reading(tmp_path, path):
+    compressed(tmp_path / "a.h5", np.arange(100))
+    shared = Shared(path, COUNT, NBYTES)
+    check(shared, [1])
+    with open_shards(tmp_path) as opened:
+        (store,) = opened._stores.values()
+
+        def reads():
+            assert opened.gather([42])["value"] == 42
+            shared.close()
+
+        with store._lock:
+            other = fork(reads)
+        other.join(20)
+        assert other.exitcode == 0
+    assert path.exists()  # the parent's still
+    check(shared, [1, 2])
+    shared.close()
+
+
+def test_files_that_go_through_hdf5_may_be_renamed(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("value", data=np.arange(100), chunks=(8,), compression="lzf")
+    monkeypatch.chdir(tmp_path)
+    with open_shards("a.h5") as opened:
+        monkeypatch.chdir("/")
+        assert opened.gather([99])["value"] == 99
+        (tmp_path / "a.h5").unlink()
+        assert opened.gather([3])["value"] == 3
