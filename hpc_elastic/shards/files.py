@@ -145,11 +145,16 @@ def _layout(path: Path, data: h5py.Dataset) -> Layout:
         for code, _, _, name in filters:
             if not h5py.h5z.filter_avail(code):
                 raise ShardError(f"{path}: {data.name} needs HDF5 filter {code} {name!r}: pip install hdf5plugin")
-        return Layout(None, data.chunks[0], "+".join(name.decode() or str(code) for code, _, _, name in filters))
+        return Layout(None, data.chunks[0], "+".join(_short(name) or str(code) for code, _, _, name in filters))
     offset = data.id.get_offset()
     if offset is not None and offset + data.nbytes > path.stat().st_size:
         raise ShardError(f"{path} is truncated, {data.name!r} goes on past its end: copy or pack it again")
     return Layout(offset if same_in_numpy(data) else None)
+
+
+def _short(name: bytes) -> str:
+    """Return a filter's name without what it says of where it is from."""
+    return name.decode(errors="replace").partition(";")[0].removeprefix("HDF5 ").removesuffix(" filter")
 
 
 def same_in_numpy(data: h5py.Dataset) -> bool:

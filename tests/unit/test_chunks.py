@@ -18,12 +18,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_elastic.errors import ShardError
-from hpc_elastic.places import SHARED_MEMORY, SHARED_PREFIX, shared_memory
+from hpc_elastic.places import shared_files, shared_memory
 from hpc_elastic.shards import chunked, kept, open_shards
 from hpc_elastic.shards.files import described
 from hpc_elastic.shards.kept import Recent, Shared
 
 RNG = np.random.default_rng(3)
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path_factory, monkeypatch):
+    """A folder instead of /dev/shm: tests that run side by side would see, and remove, each other's files."""
+    folder = tmp_path_factory.mktemp("memory")
+    monkeypatch.setattr("hpc_elastic.places.SHARED_MEMORY", folder)
+    monkeypatch.setattr("hpc_elastic.shards.dataset.SHARED_MEMORY", folder)
+    yield folder
+    assert not list(folder.iterdir())
+
+
 COMPRESSIONS = {
     "none": {},
     "gzip": {"compression": "gzip"},
@@ -280,17 +292,17 @@ def test_sets_share_if_the_budget_allows_it(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("value", data=np.arange(100), chunks=(8,), compression="gzip")
     key = uuid.uuid4().hex
-    before = set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*"))
+    before = shared_now()
     for budget, shared in ((13 * 64, 1), (13 * 64 - 1, 0)):
         with open_shards(tmp_path, budget) as one, open_shards(tmp_path, budget) as other:
             for each in (one, other):
                 each.share_chunks(key)
-            new = set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) - before
+            new = shared_now() - before
             assert len(new) == shared
             assert all(path.stat().st_mode & 0o777 == 0o600 for path in new)
             for each in (one, other):
                 assert each.gather(np.arange(100))["value"].tolist() == list(range(100))
-        assert set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*")) == before
+        assert shared_now() == before
 
 
 def compressed(path, values):
@@ -299,7 +311,7 @@ def compressed(path, values):
 
 
 def shared_now():
-    return set(SHARED_MEMORY.glob(f"{SHARED_PREFIX}*"))
+    return set(shared_files())
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
