@@ -5,7 +5,7 @@
 `ratio_vs_npload` is the rate of `ShardSet.gather`, into arrays that are used again, over that of an index of random numbers
 into ``np.load(mmap_mode="r")``; both read images and labels, in batches of 128 of 28x28 or of 32 of 224x224x3.
 `ratio_vs_tfrecord` is over that of ``tf.data``: a TFRecord file, shuffled, parsed, and batched. `ratio_vs_decompress` is the
-rate at which compressed chunks of 256 images are gathered in the windows of an epoch's order, all of them once, over that of
+rate at which compressed chunks of 256 (16) images are gathered in the windows of an epoch's order, each once, over that of
 one core that does nothing but decompress them. `scaling_vs_memcpy` is what two processes read together over what one reads,
 divided by the same of a plain copy of as many bytes.
 """
@@ -34,7 +34,7 @@ SHAPES = {"28": (28, 28), "224": (224, 224, 3)}
 SAMPLES = {"28": 60_000, "224": 3_000}
 BATCH = {"28": 128, "224": 32}
 OF_TFRECORD = {"28": 50.0, "224": 8.0}
-CHUNK = 256
+CHUNK = {"28": 256, "224": 16}
 Epoch = Callable[[np.ndarray], None]
 
 
@@ -199,24 +199,26 @@ def tfrecord_seconds(folder: Path, side: str, rounds: int) -> list[float]:
     return found
 
 
-def chunked_seconds(folder: Path, rounds: int) -> tuple[dict[str, list[float]], float]:
+def chunked_seconds(side: str, folder: Path, rounds: int) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of epochs over compressed shards, and of decompressing alone; and how far they are compressed."""
     import hdf5plugin
     import zstandard
 
     random = np.random.default_rng(0)
-    image = images("28", random)
+    image, chunk, length = images(side, random), CHUNK[side], BATCH[side]
+    nbytes = image[0].size
     path = folder / "zstd.h5"
     with h5py.File(path, "w") as file:
-        data = file.create_dataset("image", data=image, chunks=(CHUNK, 28, 28), **hdf5plugin.Zstd())
-        stored = [data.id.read_direct_chunk((start, 0, 0))[1] for start in range(0, len(image), CHUNK)]
+        data = file.create_dataset("image", data=image, chunks=(chunk, *image.shape[1:]), **hdf5plugin.Zstd())
+        starts = [(start, *(0,) * (image.ndim - 1)) for start in range(0, len(image), chunk)]
+        stored = [data.id.read_direct_chunk(start)[1] for start in starts]
     decompressor = zstandard.ZstdDecompressor()
     window = 16
-    with open_shards(path, cache_bytes=2 * window * CHUNK * 28 * 28) as shards:
-        out = {"image": np.empty((BATCH["28"], 28, 28), np.uint8)}
+    with open_shards(path, cache_bytes=2 * window * chunk * nbytes) as shards:
+        out = {"image": np.empty((length, *image.shape[1:]), np.uint8)}
 
         def ours(order: np.ndarray) -> None:
-            for batch in batches(order, BATCH["28"]):
+            for batch in batches(order, length):
                 shards.gather(batch, out)
 
         def pure(_order: np.ndarray) -> None:
@@ -224,17 +226,17 @@ def chunked_seconds(folder: Path, rounds: int) -> tuple[dict[str, list[float]], 
                 decompressor.decompress(chunk)
 
         epochs = iter(range(10_000))
-        order = Order(len(image), 1, chunk=CHUNK, window=window)
+        order = Order(len(image), 1, chunk=chunk, window=window)
         took = rates({"ours": ours, "pure": pure}, lambda: order.take(next(epochs), 0, len(image)), rounds)
-    return took, len(image) * 28 * 28 / sum(map(len, stored))
+    return took, image.size / sum(map(len, stored))
 
 
-def against_decompression(folder: Path, rounds: int) -> Iterator[Record]:
+def against_decompression(side: str, folder: Path, rounds: int) -> Iterator[Record]:
     """Yield the records of compressed shards."""
-    took, times = chunked_seconds(folder, rounds)
-    context = {"codec": "zstd", "chunk": CHUNK, "compressed": round(times, 2)}
+    took, times = chunked_seconds(side, folder, rounds)
+    context = {"codec": "zstd", "image": side, "chunk": CHUNK[side], "compressed": round(times, 2)}
     yield record("ratio_vs_decompress", ratios(took["pure"], took["ours"]), "x", context, 0.8, "higher")
-    yield record("images_per_s", [SAMPLES["28"] / one for one in took["ours"]], "/s", context, None, "higher")
+    yield record("images_per_s", [SAMPLES[side] / one for one in took["ours"]], "/s", context, None, "higher")
 
 
 def main() -> None:
@@ -247,11 +249,10 @@ def main() -> None:
     shown: list[Record] = []
     try:
         for side in given.image:
-            with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-                shown += against_files(side, Path(folder), given.rounds)
-                print(f"{side} px: done", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            shown += against_decompression(Path(folder), given.rounds)
+            for kind in (against_files, against_decompression):
+                with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+                    shown += kind(side, Path(folder), given.rounds)
+            print(f"{side} px: done", file=sys.stderr)
     except ImportError as error:
         cannot(f"{error}: `make setup` installs what the benchmarks compare with")
     show(shown, as_json=given.json)

@@ -6,7 +6,6 @@ Most are read past HDF5, from where its index says that they are: that holds no 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +81,7 @@ class Direct:
         self._filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
         self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
         data.id.chunk_iter(self._note)
-        self._own = threading.local()  # several threads read
+        self._stored = np.empty(int(self._places[:, 1].max(initial=0)), np.uint8)  # filled again for each chunk
 
     @classmethod
     def of(cls, file: ShardFile, name: str, source: Opened) -> Direct | None:
@@ -97,13 +96,6 @@ class Direct:
     def _note(self, chunk: h5py.h5d.StoreInfo) -> None:
         self._places[chunk.chunk_offset[0] // self.length] = chunk.byte_offset, chunk.size, chunk.filter_mask
 
-    def _stored(self, nbytes: int) -> Bytes:
-        """Return memory for `nbytes` as they are in the file, which this thread uses again."""
-        if len(getattr(self._own, "memory", ())) < nbytes:
-            self._own.memory = np.empty(int(self._places[:, 1].max()), np.uint8)
-        memory: Bytes = self._own.memory
-        return memory[:nbytes]
-
     def read(self, chunk: int, out: Bytes) -> None:
         offset, nbytes, skipped = self._places[chunk].tolist()
         rows = min(self.length, self._samples - chunk * self.length)
@@ -112,7 +104,7 @@ class Direct:
             return
         filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1]
         whole = out.reshape(-1)
-        stored = self._stored(nbytes) if filters else whole
+        stored = self._stored[:nbytes] if filters else whole
         try:
             got = os.preadv(self._source.descriptor, [stored.data], offset)
             codecs.decode(stored if got == nbytes else stored[:got], filters, self._itemsize, whole)

@@ -83,7 +83,7 @@ def opened(path: Path, descriptor: int | None = None) -> Iterator[h5py.File]:
     """
     try:
         if descriptor is not None:
-            again = Path(f"/proc/self/fd/{descriptor}")  # opened anew: several threads read, each at a place of its own
+            again = Path(f"/proc/self/fd/{descriptor}")  # opened anew: two sets may read at a time
             with again.open("rb") as stream, h5py.File(stream, "r", rdcc_nbytes=0) as file:
                 yield file
             return

@@ -11,10 +11,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -22,11 +21,9 @@ from ..errors import ShardError
 from .chunked import Chunks
 from .rows import Bytes, Numbers, copy
 
-MOST_THREADS = 4  # that decompress in one process: other ranks have theirs
 WAIT_S = 0.25  # for a chunk that another process is about to read; then it is read twice
 LOOK_S = 0.0005
 
-T = TypeVar("T")
 Read = Callable[[int, Bytes], None]
 
 
@@ -188,7 +185,8 @@ class Recent:
         away = self._chunk_in[slots]
         self._slot_of[away[away >= 0]] = -1
         self._chunk_in[slots], self._used[slots] = -1, 0
-        side_by_side(lambda chunk, slot: read(chunk, self.memory[slot]), missing.tolist(), slots.tolist())
+        for chunk, slot in zip(missing.tolist(), slots.tolist(), strict=True):
+            read(chunk, self.memory[slot])
         self._slot_of[missing], self._chunk_in[slots], self._used[slots] = slots, missing, self._calls
 
     def slots_of(self, chunks: Numbers) -> Numbers:
@@ -234,8 +232,7 @@ class Shared:
         # From different places on, so that processes that need the same chunks share the work.
         begin = os.getpid() % len(missing) if missing else 0
         missing = missing[begin:] + missing[:begin]
-        done = side_by_side(lambda chunk: self._claim(chunk, read), missing)
-        for chunk in (chunk for chunk, claimed in zip(missing, done, strict=True) if not claimed):
+        for chunk in [chunk for chunk in missing if not self._claim(chunk, read)]:
             deadline = time.monotonic() + WAIT_S
             while len(self.missing(np.array([chunk]))):
                 if time.monotonic() > deadline:
@@ -275,16 +272,6 @@ class Shared:
         self._close()
         self._file = -1  # the number may be another file's soon
         self.slots, self.memory = 1, np.empty((1, 0), np.uint8)
-
-
-def side_by_side(work: Callable[..., T], *arguments: Sequence[int]) -> list[T]:
-    """Return what `work` returns for each of the `arguments`, done by a few threads if this process has the cores."""
-    threads = min(len(arguments[0]), len(os.sched_getaffinity(0)), MOST_THREADS)
-    if threads < 2:  # noqa: PLR2004
-        return list(map(work, *arguments))
-    # Made anew for each window of chunks, which takes some ms: threads that stay would not be there in a forked process.
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, *arguments))
 
 
 def _open_own(path: Path) -> int:

@@ -24,7 +24,7 @@ SMALL_SUM_TO_MPI = 0.4  # is about 1 at 4 KB, 1.5 at 64 KB
 STEP_TO_COMPUTATION = 3.0  # is 1.9 with 64 samples: 60 us of the runtime's to 70 of gradient and update
 
 GATHER_TO_NPLOAD = 0.55  # is 1.0 or more at 28 x 28
-CHUNKS_TO_DECOMPRESSION = 0.4  # is 0.7 at 28 x 28
+CHUNKS_TO_DECOMPRESSION = 0.35  # is 0.6 at 28 x 28
 
 
 def measured(command: list[str], tmp_path, **settings: object) -> dict:
@@ -63,5 +63,5 @@ def test_shards_are_read_about_as_fast_as_memory_and_codec_allow(tmp_path, monke
     monkeypatch.setitem(shards.SAMPLES, "28", 10_000)
     contiguous = shards.contiguous_seconds("28", tmp_path, rounds=30)
     assert ratio(contiguous["npload"], contiguous["ours"]) > GATHER_TO_NPLOAD
-    chunked, _ = shards.chunked_seconds(tmp_path, rounds=30)
+    chunked, _ = shards.chunked_seconds("28", tmp_path, rounds=30)
     assert ratio(chunked["pure"], chunked["ours"]) > CHUNKS_TO_DECOMPRESSION
