@@ -16,6 +16,7 @@ from .launch import side_by_side
 settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile("repeatable")
+LONG = ("tests/unit/test_docs.py::test_examples_run", "tests/elastic/test_cycles.py", "tests/elastic/test_keras.py")
 SEGMENTS = pytest.StashKey[set[Path]]()
 
 
@@ -26,6 +27,11 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers(config):  # noqa: ARG001  (the hook's signature)
     return side_by_side()
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long ones: at the end, one would run alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def pytest_configure(config):

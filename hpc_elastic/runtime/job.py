@@ -211,18 +211,20 @@ class Job:
             stop = min(cursor.position + batch, len(data))
             return Batch(cursor.epoch, cursor.step, cursor.position, stop) if cursor.epoch < epochs else None
 
+        following: Batch | None = None
         with contextlib.closing(Batches(data, order, decode)) as batches:
             for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
                 cursor = loop.here.cursor
-                now = at(cursor)
+                now = following if following is not None and following.step == cursor.step else at(cursor)
                 assert now is not None
                 last = now.stop == len(data)
                 after = (
                     Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)
                 )
+                following = at(after)
                 step = Step(
                     batch=now,
-                    following=at(after),
+                    following=following,
                     leaves=leaves,
                     batches=batches,
                     total=total,

@@ -81,6 +81,8 @@ class Step:
         self._batch, self._following = batch, following
         self._leaves = leaves
         self._batches = batches
+        self._interval = (-1, -1)
+        self._own: Share
         self._sum = total
         self._summed = summed
         self._ledger = ledger
@@ -96,7 +98,10 @@ class Step:
 
     @property
     def _share(self) -> Share:
-        return self._batch.share(self._sum.interval, self._leaves)
+        interval = self._sum.interval
+        if interval != self._interval:  # at the first call, and after a loss
+            self._interval, self._own = interval, self._batch.share(interval, self._leaves)
+        return self._own
 
     def microbatches(self) -> Iterator[Microbatch]:
         """Yield this rank's share of the step's microbatches; which they are depends on the number of ranks.

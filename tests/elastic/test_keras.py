@@ -45,7 +45,7 @@ def static(data, tmp_path_factory):
 
 def pytest_generate_tests(metafunc):
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", seeds(metafunc.config, range(100, 105), 2))
+        metafunc.parametrize("seed", seeds(metafunc.config, range(100, 105), 1))
 
 
 def test_random_timetables(seed, data, static, tmp_path):
