@@ -18,10 +18,7 @@ With torch installed `speedup_vs_gloo` is there as well.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,13 +26,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_elastic.comm.vendor import find_mpiexec, prepare
+from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.errors import LaunchError
 
 from .record import Record, cannot, record, show
+from .running import measured
 
 JOB = Path(__file__).with_name("allreduce_job.py")
-LIMIT_S = 300.0
 KB, MB = 1 << 10, 1 << 20
 SIZES = (4 * KB, 64 * KB, MB, 25 * MB, 100 * MB)
 FASTER = 3.0  # than MPI, from 1 MB up
@@ -45,22 +42,6 @@ OF_MEMORY = 0.6
 KINDS = ("in place", "copied", "own array")
 
 
-def seconds(command: Sequence[str], file: Path, environ: dict[str, str]) -> dict[str, Any]:
-    """Run the job, and return what it measured."""
-    own = {**os.environ, **environ, "OMP_NUM_THREADS": "1", "HPC_ELASTIC_PROGRESS": "off"}
-    own["HPC_ELASTIC_RUN_DIR"] = str(file.with_name("run"))
-    prepare(own)
-    with subprocess.Popen(command, env=own, cwd=file.parent, stdout=sys.stderr) as process:
-        try:
-            code = process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            cannot(f"the job did not end within {LIMIT_S:.0f} s")
-    if code or not file.exists():
-        cannot(f"the job ended with exit code {code}")
-    return json.loads(file.read_text())
-
-
 def on_one(start: str, ranks: int, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
     """Measure on this host."""
     launcher, vendor = find_mpiexec()
@@ -68,9 +49,9 @@ def on_one(start: str, ranks: int, rounds: int, sizes: Sequence[int]) -> dict[st
         file = Path(folder) / "found.json"
         arguments = [str(JOB), str(file), str(ranks), str(rounds), *map(str, sizes)]
         if start == "world":
-            return seconds([str(launcher), *vendor.launch, "-n", str(ranks), sys.executable, *arguments], file, {})
+            return measured([str(launcher), *vendor.launch, "-n", str(ranks), sys.executable, *arguments], file, {})
         run = [sys.executable, "-m", "hpc_elastic.cli", "run", "--ranks", str(ranks), "--slots", str(ranks)]
-        return seconds([*run, *arguments], file, {})
+        return measured([*run, *arguments], file, {})
 
 
 def on_two(ranks: int, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
@@ -83,7 +64,7 @@ def on_two(ranks: int, rounds: int, sizes: Sequence[int]) -> dict[str, Any]:
         file = Path(folder) / "found.json"
         run = [sys.executable, "-m", "hpc_elastic.cli", "run", *options, str(JOB), str(file), str(ranks), str(rounds)]
         job = ["sbatch", "--wait", "--quiet", "--nodes=1", "--exclusive", f"--output={folder}/out"]
-        return seconds(up.command([*job, "--wrap", shlex.join([*run, *map(str, sizes)])]), file, up.environ)
+        return measured(up.command([*job, "--wrap", shlex.join([*run, *map(str, sizes)])]), file, up.environ)
 
 
 def records(found: dict[str, Any], context: dict[str, Any]) -> Iterator[Record]:

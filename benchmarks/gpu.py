@@ -19,8 +19,9 @@ from hpc_elastic.arrays import gpu
 from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.errors import LaunchError
 
-from .allreduce import KB, MB, seconds
+from .allreduce import KB, MB
 from .record import Record, cannot, record, show
+from .running import measured
 
 JOB = Path(__file__).with_name("gpu_job.py")
 SIZES = (4 * KB, 64 * KB, MB, 25 * MB, 100 * MB)
@@ -45,7 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             run = [sys.executable, "-m", "hpc_elastic.cli", "run", "--ranks", str(ranks), "--slots", str(ranks)]
             file = Path(folder) / "found.json"
-            found = seconds([*run, str(JOB), str(file), str(ranks), str(given.rounds), *map(str, given.bytes)], file, {})
+            found = measured([*run, str(JOB), str(file), str(ranks), str(given.rounds), *map(str, given.bytes)], file, {})
         for nbytes, took in found["seconds"].items():
             context = {"bytes": int(nbytes), "ranks": ranks, "way": found["way"], "mpi": mpi}
             shown.append(record("sum_us", [1e6 * one for one in took["exact"]], "us", context))

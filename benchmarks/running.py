@@ -11,20 +11,40 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from hpc_elastic import events, leftovers
+from hpc_elastic.comm.vendor import prepare
 from hpc_elastic.rundir import RunDirectory, Status
 
+from .record import cannot
 from .work import ROW
 
 E = TypeVar("E", bound=events.Event)
 
 LOOK_S = 0.02
 END_S = 30.0
+LIMIT_S = 300.0  # of a job that measures by itself
 PROGRAM = [sys.executable, "-m", "hpc_elastic.cli"]
+
+
+def measured(command: Sequence[str], file: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Run a job that writes what it measures into `file`, and return that; end the benchmark if it fails."""
+    own = {**os.environ, **environ, "OMP_NUM_THREADS": "1", "HPC_ELASTIC_PROGRESS": "off"}
+    own["HPC_ELASTIC_RUN_DIR"] = str(file.with_name("run"))
+    prepare(own)
+    with subprocess.Popen(command, env=own, cwd=file.parent, stdout=sys.stderr) as process:
+        try:
+            code = process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            cannot(f"the job did not end within {LIMIT_S:.0f} s")
+    if code or not file.exists():
+        cannot(f"the job ended with exit code {code}")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 class BrokenError(Exception):

@@ -21,23 +21,20 @@ samples, so that it is not the difference of two large numbers.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_elastic.comm.vendor import find_mpiexec, prepare
+from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.errors import LaunchError
 
 from .record import Record, cannot, record, show
+from .running import measured
 
 JOB = Path(__file__).with_name("step_job.py")
-LIMIT_S = 280.0
 DEFAULT = 16  # microbatches
 GOALS_US = {1: 50.0, 2: 150.0}
 PIXELS, MB = 28 * 28, 1 << 20
@@ -51,19 +48,8 @@ def run(ranks: int, microbatches: int, rounds: int) -> dict[str, Any]:
     launcher, vendor = find_mpiexec()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         file = Path(folder) / "found.json"
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "HPC_ELASTIC_PROGRESS": "off"}
-        environ |= {"HPC_ELASTIC_RUN_DIR": f"{folder}/run", "HPC_ELASTIC_MICROBATCHES": str(microbatches)}
-        prepare(environ)
         command = [str(launcher), *vendor.launch, "-n", str(ranks), sys.executable, str(JOB), str(file), str(rounds)]
-        with subprocess.Popen([*command, SMALL, *SHAPES], env=environ, cwd=folder, stdout=sys.stderr) as process:
-            try:
-                code = process.wait(LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                cannot(f"the job did not end within {LIMIT_S:.0f} s")
-        if code or not file.exists():
-            cannot(f"the job ended with exit code {code}")
-        return json.loads(file.read_text())
+        return measured([*command, SMALL, *SHAPES], file, {"HPC_ELASTIC_MICROBATCHES": str(microbatches)})
 
 
 def records(found: dict[str, Any], context: dict[str, Any]) -> Iterator[Record]:

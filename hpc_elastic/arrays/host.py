@@ -16,9 +16,8 @@ Array = NDArray[Any]
 
 def view(value: Any) -> Array:
     """Return `value` (NumPy array, TensorFlow tensor, number) as a NumPy array, without a copy where that is possible."""
-    return _summable(
-        np.asarray(float(value) if isinstance(value, (int, float)) else value), value
-    )  # a mean is no whole number
+    number = isinstance(value, (int, float))  # a mean is no whole number
+    return _summable(np.asarray(float(value) if number else value), value)
 
 
 def _summable(array: Array, value: Any) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -116,7 +117,7 @@ class Staged:
         return pool.own
 
 
-class _ByNccl:
+class _ByNccl(ABC):
     def __init__(self, ranks: Ranks, line: nccl.Line) -> None:
         self._ranks = ranks
         self._line = line
@@ -124,8 +125,8 @@ class _ByNccl:
     def small(self, form: Form, pool: GpuSlots, mine: Sequence[Slot], there: There) -> Slot:
         return self.large(form, pool, mine, there)
 
-    def large(self, form: Form, pool: GpuSlots, mine: Sequence[Slot], there: There) -> Slot:
-        raise NotImplementedError
+    @abstractmethod
+    def large(self, form: Form, pool: GpuSlots, mine: Sequence[Slot], there: There) -> Slot: ...
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

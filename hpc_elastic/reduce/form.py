@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def _read_only(array: NDArray[Any]) -> Array:
     return view
 
 
-class Slots:
+class Slots(ABC):
     """Slots of one form, which are taken, given back, and used again."""
 
     def __init__(self, form: Form) -> None:
@@ -157,8 +158,9 @@ class Slots:
             self._given_up.append(self._result)
             self._result = None
 
+    @abstractmethod
     def _made(self, offset: int) -> Slot:
-        raise NotImplementedError
+        """Return a new slot, which begins at `offset`."""
 
 
 class Pool(Slots):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ShardError
 from . import codecs
-from .files import Field, ShardFile, advice, opened, same_in_numpy
+from .files import Field, ShardFile, advice, filters_of, opened, same_in_numpy
 from .rows import Bytes
 
 BLOCK_BYTES = 1 << 20  # read at once from data sets that have no chunks and can't be mapped
@@ -68,7 +68,7 @@ class ThroughHdf5:
 class Direct:
     """Chunks that are read from the file and undone by `codecs`."""
 
-    def __init__(self, file: ShardFile, name: str, source: Opened, data: h5py.Dataset) -> None:
+    def __init__(self, file: ShardFile, name: str, source: Opened, data: h5py.Dataset, filters: list[int]) -> None:
         self._source = source
         self._by_hdf5 = ThroughHdf5(file, name, source)
         self._itemsize = data.dtype.itemsize
@@ -77,8 +77,7 @@ class Direct:
         self.length = data.chunks[0]
         self.count = -(-file.samples // self.length)
         self._fill = np.asarray(data.fillvalue, self._field.dtype)
-        plist = data.id.get_create_plist()
-        self._filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+        self._filters = filters
         self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
         data.id.chunk_iter(self._note)
         self._stored = np.empty(int(self._places[:, 1].max(initial=0)), np.uint8)  # filled again for each chunk
@@ -88,10 +87,9 @@ class Direct:
         """Return the chunks of a field, or None if they have to go through HDF5."""
         with opened(file.path, source.descriptor) as stream:
             data = stream[name]
-            plist = data.id.get_create_plist()
-            filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+            filters = [code for code, _ in filters_of(data)]
             plain = data.chunks and data.chunks[1:] == data.shape[1:] and same_in_numpy(data)
-            return cls(file, name, source, data) if plain and codecs.known(filters) else None
+            return cls(file, name, source, data, filters) if plain and codecs.known(filters) else None
 
     def _note(self, chunk: h5py.h5d.StoreInfo) -> None:
         self._places[chunk.chunk_offset[0] // self.length] = chunk.byte_offset, chunk.size, chunk.filter_mask

@@ -137,19 +137,25 @@ def _field(data: h5py.Dataset) -> Field:
 
 def _layout(path: Path, data: h5py.Dataset) -> Layout:
     if data.chunks:
-        plist = data.id.get_create_plist()
-        filters = [plist.get_filter(i) for i in range(plist.get_nfilters())]
-        if not all(h5py.h5z.filter_avail(code) for code, *_ in filters):
+        filters = filters_of(data)
+        if not all(h5py.h5z.filter_avail(code) for code, _ in filters):
             with contextlib.suppress(ImportError):
                 importlib.import_module("hdf5plugin")
-        for code, _, _, name in filters:
+        for code, name in filters:
             if not h5py.h5z.filter_avail(code):
                 raise ShardError(f"{path}: {data.name} needs HDF5 filter {code} {name!r}: pip install hdf5plugin")
-        return Layout(None, data.chunks[0], "+".join(_short(name) or str(code) for code, _, _, name in filters))
+        return Layout(None, data.chunks[0], "+".join(_short(name) or str(code) for code, name in filters))
     offset = data.id.get_offset()
     if offset is not None and offset + data.nbytes > path.stat().st_size:
         raise ShardError(f"{path} is truncated, {data.name!r} goes on past its end: copy or pack it again")
     return Layout(offset if same_in_numpy(data) else None)
+
+
+def filters_of(data: h5py.Dataset) -> list[tuple[int, bytes]]:
+    """Return number and name of each filter that chunks went through, in this order."""
+    plist = data.id.get_create_plist()
+    found = (plist.get_filter(i) for i in range(plist.get_nfilters()))
+    return [(code, name) for code, _, _, name in found]
 
 
 def _short(name: bytes) -> str:

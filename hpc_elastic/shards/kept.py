@@ -259,9 +259,8 @@ class Shared:
         beside = np.empty(self._nbytes, np.uint8)  # since decompressing writes a byte more than once
         read(chunk, beside)
         try:
-            os.posix_fallocate(
-                self._file, self._begin + chunk * self._nbytes, self._nbytes
-            )  # else SIGBUS, if there is no room
+            # What is not there when it is touched would end the process (SIGBUS).
+            os.posix_fallocate(self._file, self._begin + chunk * self._nbytes, self._nbytes)
             self.memory[chunk] = beside
             os.pwrite(self._file, b"\1", chunk)
         except OSError as error:
