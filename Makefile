@@ -45,7 +45,9 @@ demo-slurm: setup slurm-packages  ## one job on a Slurm cluster of this machine:
 	$(BIN)/python -m slurm.demo
 
 test: setup  ## all tests but those on a Slurm cluster, some of them side by side
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm --ignore tests/perf $(TESTS)
+	@# Ratios of times are measured when nothing else runs.
+	$(if $(filter tests,$(TESTS)),$(BIN)/python -m pytest -q tests/perf)
 
 test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machine (root)
 	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm
