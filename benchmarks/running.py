@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,16 +36,23 @@ def measured(command: Sequence[str], file: Path, environ: Mapping[str, str]) -> 
     own = {**os.environ, **environ, "OMP_NUM_THREADS": "1", "HPC_ELASTIC_PROGRESS": "off"}
     own["HPC_ELASTIC_RUN_DIR"] = str(file.with_name("run"))
     prepare(own)
+    unwind_when_told()
     with subprocess.Popen(command, env=own, cwd=file.parent, stdout=sys.stderr) as process:
         try:
             code = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            process.terminate()
             cannot(f"the job did not end within {LIMIT_S:.0f} s")
+        finally:
+            process.terminate()  # does nothing if it has ended
     if code or not file.exists():
         cannot(f"the job ended with exit code {code}")
     found: dict[str, Any] = json.loads(file.read_text())
     return found
+
+
+def unwind_when_told() -> None:
+    """End by an exception on SIGTERM, so that jobs under way are ended too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class BrokenError(Exception):
@@ -83,6 +91,7 @@ class Running:
         environ: Mapping[str, str] | None = None,
         look_s: float = LOOK_S,
     ) -> None:
+        unwind_when_told()
         self._look_s = look_s
         self._folder = folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=parent))
         self._stamps = folder / "stamps"
