@@ -20,7 +20,7 @@ KB, MB = 1 << 10, 1 << 20
 SUM_TO_MEMORY = 0.6  # is 1.1 to 1.5 at 25 MB: below 1 if what was just added is not in the cache any more
 SUM_TO_MPI = 1.5  # is 3.5 or more
 SMALL_SUM_TO_MPI = 0.4  # is about 1 at 4 KB, 1.5 at 64 KB
-STEP_TO_COMPUTATION = 3.0  # is 1.9 with 64 samples: 60 us of the runtime's to 70 of gradient and update
+COMPUTATION_TO_STEP = 0.33  # is 0.53 with 64 samples: 60 us of the runtime's to 70 of gradient and update
 
 GATHER_TO_NPLOAD = 0.55  # is 1.0 or more at 28 x 28
 CHUNKS_TO_DECOMPRESSION = 0.35  # is 0.6 at 28 x 28
@@ -55,7 +55,7 @@ def test_sums_are_bound_by_the_memory_and_faster_than_those_of_mpi(tmp_path):
 def test_a_step_costs_little_besides_its_computation(tmp_path):
     job = [str(BENCHMARKS / "step_job.py"), "FILE", "200", "8:64:10"]
     (took,) = measured([*python(), *job], tmp_path, microbatches=1)
-    assert ratio(took["elastic"], took["alone"]) < STEP_TO_COMPUTATION
+    assert ratio(took["alone"], took["elastic"]) > COMPUTATION_TO_STEP
 
 
 def test_shards_are_read_about_as_fast_as_memory_and_codec_allow(tmp_path, monkeypatch):
