@@ -254,9 +254,11 @@ class Arrivals:
 
     # --- sending them away --------------------------------------------------------------------------------------------
 
-    def dismiss(self) -> None:
-        """Send all away again, without waiting for them."""
+    def dismiss(self, patience_s: float = 0.0) -> None:
+        """Send all away again, without waiting for them; but for `patience_s` seconds for a call of MPI's under way."""
         self._called_off = True
+        if self._bringing is not None:
+            self._bringing.join(patience_s)
         if self._bringing is not None and self._bringing.is_alive():
             forsake(self._bringing)
             if self._gathering:

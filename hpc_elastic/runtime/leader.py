@@ -30,6 +30,7 @@ STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
 GUARDS_WORD_S = 0.1
+FAREWELL_S = 2.0  # that the end waits for newcomers being connected: cut off inside MPI they would look like a crash
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
 
@@ -247,11 +248,11 @@ class Leader:
         if self._under_way is not None and self._under_way.arrivals is not None:
             self._under_way.arrivals.terminate()
 
-    def _again(self) -> UnderWay:
+    def _again(self, patience_s: float = 0.0) -> UnderWay:
         """Call the resize under way off without counting it: the policy decides anew."""
         way, self._under_way = self._under_way, None
         assert way is not None
-        self._invitations.dismiss(way)
+        self._invitations.dismiss(way, patience_s)
         return way
 
     def _give_up(self, here: Here, reason: str, *, backs_off: bool = True) -> None:
@@ -355,5 +356,5 @@ class Leader:
         """Report the end of the job, and send newcomers still under way home."""
         self.keeping.report()
         if self._under_way is not None:
-            self._again()
+            self._again(FAREWELL_S)
         self.reports.end(here, self.world, self.office, stopped=stopped)

@@ -175,13 +175,13 @@ class Invitations:
                 )
         return ""
 
-    def dismiss(self, way: UnderWay) -> None:
-        """Send the newcomers of a resize away, and give their slots back."""
+    def dismiss(self, way: UnderWay, patience_s: float = 0.0) -> None:
+        """Send the newcomers of a resize away, and give their slots back; see `Arrivals.dismiss`."""
         if way.arrivals is not None:
             if way.wanted:
                 self._leader.broker.withdraw()
             slots = {arrival.options.slot for arrival in way.arrivals.all}
-            way.arrivals.dismiss()
+            way.arrivals.dismiss(patience_s)
             self.release(slots)
 
     def release(self, slots: set[int], bar_s: float = 0.0) -> None:

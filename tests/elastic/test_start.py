@@ -104,3 +104,13 @@ def test_module(tmp_path):
     assert done.code == 0, done.err
     assert "equal to one process" in done.out
     assert [event.after for event in resizes(tmp_path / "r")] == [3, 1]
+
+
+@pytest.mark.parametrize("delay_s", [0.04, 0.06, 0.08, 0.1])
+def test_end_while_newcomers_are_connected(delay_s, tmp_path):
+    """They are sent home quietly: cut off inside MPI, they would make the launcher report a crash."""
+    options = ["--run-dir", "r", "--slots", 3, "--timetable", "5:3", "--progress", "off"]
+    with Job(hpc_elastic("run", *options, SCRIPTS / "ends_early.py", delay_s), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.err == f"run directory {tmp_path / 'r'}\n"
