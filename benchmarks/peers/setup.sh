@@ -9,22 +9,23 @@ environment() {
   local folder=.venv-$1
   test -e "$folder/.ready" && return
   test -x "$folder/bin/python" || "$PYTHON" -m venv "$folder"
-  if (set -e; "$1" "$folder/bin") >"$folder/build.log" 2>&1; then touch "$folder/.ready"; echo "$folder is ready"
+  (set -e; "$1" "$folder/bin") >"$folder/build.log" 2>&1 &  # in a condition, bash would not heed -e
+  if wait $!; then touch "$folder/.ready"; echo "$folder is ready"
   else echo "$folder could not be made: $folder/build.log"; tail -3 "$folder/build.log"; fi
 }
 
 # Horovod is built here: with Gloo, without MPI, against TensorFlow 2.13.1, the last one that its 0.28.1 compiles with.
 horovod() {
-  "$1/pip" install -q 'setuptools<70' wheel 'cmake<4' packaging 'numpy<2' tensorflow-cpu==2.13.1 psutil cloudpickle pyyaml cffi h5py
+  "$1/pip" install -q 'setuptools<70' wheel 'cmake<4' packaging 'numpy<2' tensorflow-cpu==2.13.1 psutil cloudpickle pyyaml cffi
   PATH="$PWD/$1:$PATH" HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 \
     HOROVOD_WITHOUT_MXNET=1 HOROVOD_CPU_OPERATIONS=GLOO MAKEFLAGS="-j${JOBS:-2}" \
     "$1/pip" install -v --no-build-isolation --no-cache-dir horovod==0.28.1
   "$1/python" -c 'import horovod.tensorflow.elastic; import horovod.tensorflow as h; assert h.gloo_built()'
 }
 
-# PyPI's torch wants NVIDIA's libraries, gigabytes of them; where a build for the CPU is offered, `TORCH=2.13.0+cpu` takes it.
+# From PyPI, torch comes with NVIDIA's libraries, gigabytes of them, unless a build for the CPU is at hand.
 torch() {
-  "$1/pip" install -q "torch==${TORCH:-2.13.0}" numpy h5py
+  "$1/pip" install -q torch==2.13.0 numpy
   "$1/python" -c 'import torch.distributed.run, torch; assert torch.distributed.is_gloo_available()'
 }
 
