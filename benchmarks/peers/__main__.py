@@ -4,9 +4,9 @@
     python -m benchmarks.peers --json [--system hpc_elastic] [--runs 3] [--results FOLDER]
 
 A Dense model learns to tell upright from upside-down pieces of clothing (Fashion-MNIST). It begins with one worker. A
-second one is **added**, **removed**, and added again; then it is **killed** by SIGKILL. The standstill is the longest time between
-two successive finished steps around the change, less the median of such times before. What counts of the samples is taken from
-the workers' ledgers. A system that is not installed gets a row that says so.
+second one is **added**, **removed**, and added again; then it is **killed** by SIGKILL. The standstill is the longest time
+between two successive finished steps around the change, less the median of such times before. What counts of the samples is
+taken from the workers' ledgers. A system that is not installed gets a row that says so.
 """
 
 from __future__ import annotations
