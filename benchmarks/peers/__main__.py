@@ -74,7 +74,10 @@ def main() -> None:
         if found:
             show(records(system, found), as_json=settings.json)
         else:
-            print(f"{system.name}: can't run: {missing.get(system.name, 'no results')}", flush=True)
+            why = missing.get(system.name, "no results")
+            print(
+                json.dumps({"system": system.name, "missing": why}) if settings.json else f"{system.name}: {why}", flush=True
+            )
     shutil.rmtree(folder / "data")
     if not any(path.is_dir() for path in folder.iterdir() if path != results):
         shutil.rmtree(folder)
