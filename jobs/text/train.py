@@ -1,0 +1,104 @@
+"""Text classifier that trains on while its ranks come and go: of what sort of clothing a review is, or whether it is good.
+
+hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.text.train
+python -m jobs.text.train --task recommended
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hpc_elastic as he
+
+from .prepare import FIRST, LENGTH, PAD, TASKS, prepare
+
+he.keras.same_bits(threads=1, seed=1)
+
+import tensorflow as tf  # noqa: E402  (after the settings that it reads when it starts)
+from tensorflow import keras  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=tuple(TASKS), default="department")
+    parser.add_argument("--folder", type=Path, default=Path("data"), help="where the shards are, or will be, put")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--width", type=int, default=32, help="length of a word's vector")
+    parser.add_argument("--rate", type=float, default=0.005, help="learning rate")
+    return parser.parse_args()
+
+
+class Attention(keras.layers.Layer):
+    """The mean of the words' vectors, [n, words, width] to [n, width], each with the weight that it asks for."""
+
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        """Make the vector that tells which words matter."""
+        self.query = self.add_weight(shape=shape[-1:], initializer=keras.initializers.RandomNormal(stddev=0.1), name="query")
+
+    def call(self, vectors: tf.Tensor, tokens: tf.Tensor) -> tf.Tensor:
+        """Leave out what is no word."""
+        wanted = keras.ops.where(tokens == PAD, -1e9, keras.ops.matmul(vectors, self.query))
+        return keras.ops.sum(keras.ops.softmax(wanted)[..., None] * vectors, axis=1)
+
+
+def build(words: int, width: int, classes: int) -> keras.Model:
+    """Return a network of word vectors, attention, and one layer that decides."""
+    tokens = keras.Input((LENGTH,), dtype="int32")
+    vectors = keras.layers.Embedding(words, width)(tokens)
+    return keras.Model(tokens, keras.layers.Dense(classes)(Attention()(vectors, tokens)))
+
+
+def train(job: he.Job) -> None:
+    """Train, then classify held-back reviews."""
+    settings = parse()
+    folder = settings.folder / f"text-{settings.task}"
+    words = (folder / "words.txt").read_text().split("\n")[:-1]
+    model = build(FIRST + len(words), settings.width, len(TASKS[settings.task]))
+    optimizer = keras.optimizers.Adam(settings.rate)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, LENGTH), tf.int32), tf.TensorSpec((None,), tf.int64)])
+    def gradients(tokens: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            loss = loss_of(labels, model(tokens, training=True))
+        # Of an embedding TensorFlow gives the rows that were used; a sum over ranks needs all of them.
+        return loss, [tf.convert_to_tensor(each) for each in tape.gradient(loss, model.trainable_variables)]
+
+    job.register(model=he.keras.State(model, optimizer))
+    with he.open_shards(folder / "train") as shards:
+        gradients(np.zeros((1, LENGTH), np.int32), np.zeros(1, np.int64))  # traced before joining: nobody waits for it
+        for step in job.steps(shards, epochs=settings.epochs, batch=settings.batch):
+            for micro in step.microbatches():
+                loss, grads = gradients(micro["tokens"], micro["label"])
+                step.add(grads, loss=loss)
+            optimizer.apply(step.reduce(), model.trainable_variables)
+
+    if job.leads:
+        report(model, folder / "test", words)
+
+
+def report(model: keras.Model, folder: Path, words: list[str]) -> None:
+    """Print the accuracy on the test reviews, some of them, and the weights' digest."""
+    with he.open_shards(folder) as shards:
+        batch, classes = shards.gather(np.arange(len(shards))), shards.classes
+    scores = np.concatenate([model(part) for part in np.array_split(batch["tokens"], 8)])
+    predicted, actual = scores.argmax(axis=1), batch["label"]
+    for some in np.linspace(0, len(actual) - 1, 4).astype(int):
+        text = " ".join(words[token - FIRST] if token >= FIRST else "…" for token in batch["tokens"][some] if token != PAD)
+        print(f"{classes[actual[some]]:<10} taken for {classes[predicted[some]]:<10} {text[:80]}")
+    print(f"accuracy   {np.mean(predicted == actual):.4f} on {len(actual)} reviews held back")
+    recalls = [np.mean(predicted[actual == label] == label) for label in np.unique(actual)]
+    print(f"balanced   {np.mean(recalls):.4f}, the mean over the classes")
+    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
+
+
+if __name__ == "__main__":
+    given = parse()
+    prepare(given.task, given.folder / f"text-{given.task}")
+    he.run(train)
