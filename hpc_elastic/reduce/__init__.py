@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..arrays.host import GPU, Structure, flatten, name_of
+from ..arrays.host import GPU, Array, Structure, flatten, is_float, name_of
 from ..comm.board import Board
 from ..errors import ArrayError, ConfigError, StepError
 from ..partition import block
@@ -43,7 +43,8 @@ class Ranks(Messages, Reducing, Protocol):
     def keep(self, name: str, make: Callable[[], Belonging]) -> Belonging: ...
 
 
-Key = tuple[Structure, tuple[tuple[tuple[int, ...], DType], ...], tuple[str, ...]]  # how arrays nest, their forms, metrics
+# How arrays nest, their forms, the names of metrics, and how many arrays, the last ones, are summed and not averaged.
+Key = tuple[Structure, tuple[tuple[tuple[int, ...], DType], ...], tuple[str, ...], int]
 
 
 class Sum:
@@ -78,14 +79,20 @@ class Sum:
         ranks = self._ranks()
         return block(self._leaves, ranks.size, ranks.rank)
 
-    def add(self, index: int, values: Any, metrics: dict[str, float], weight: float) -> None:
-        """Contribute microbatch `index`: floating-point values are multiplied by `weight`, integers are not."""
+    def add(self, index: int, values: Any, metrics: dict[str, float], weight: float, sums: Any = None) -> None:
+        """Contribute microbatch `index`: floating-point `values` are multiplied by `weight`, integers and `sums` are not."""
         arrays, structure = flatten(values)
-        key = structure, tuple((a.shape, a.dtype) for a in arrays), tuple(metrics)
+        weights = [weight if is_float(array.dtype) else None for array in arrays]
+        more: list[Array] = []
+        if sums is not None:
+            more, theirs = flatten(sums)
+            arrays, structure = arrays + more, Structure("tuple", (), (structure, theirs))
+            weights += [None] * len(more)
+        key = structure, tuple((a.shape, a.dtype) for a in arrays), tuple(metrics), len(more)
         if self._key is None:
             self._begin(key)
         elif key != self._key:
-            _, forms, names = self._key
+            _, forms, names, _ = self._key
             raise StepError(
                 f"step.add got {len(arrays)} arrays and metrics {list(metrics)}, unlike the first time "
                 f"({len(forms)} arrays, metrics {list(names)}): "
@@ -93,15 +100,17 @@ class Sum:
             )
         if metrics or len(self._parts) > 1:
             arrays.append(np.array(list(metrics.values())))
+            weights.append(weight)
         for part in self._parts:
-            part.add(index, arrays, weight)
+            part.add(index, arrays, weights)
         self._added = True
 
     def _begin(self, key: Key) -> None:
         """Lay out the arrays, and behind them the metrics, in parts: what is on the host, and what is on the GPU."""
-        structure, arrays, metrics = key
+        structure, arrays, metrics, summed = key
         given = [*arrays, ((len(metrics),), np.dtype(np.float64))]
-        forms = [*((shape, kept_as(dtype, self._wire)) for shape, dtype in arrays), given[-1]]
+        means = len(arrays) - summed
+        forms = [*((shape, kept_as(dtype, self._wire)) for shape, dtype in arrays[:means]), *given[means:]]
         places = structure.places()
         named = ((shape, name_of(dtype), place) for (shape, dtype), place in zip(arrays, places, strict=True))
         told = [*named, *metrics, self._wire]
@@ -166,7 +175,7 @@ class Sum:
         They are valid until the next exchange, and read-only on the host.
         """
         assert self._key is not None
-        structure, _, metrics = self._key
+        structure, _, metrics, _ = self._key
         results = self._parts[0].results if len(self._parts) == 1 else _woven(self._parts)
         return structure.build(iter(results)), dict(zip(metrics, results[-1].tolist(), strict=True)) if metrics else {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..arrays.host import Array, is_float
+from ..arrays.host import Array
 from .form import Slot, Slots
 from .half import plus, store
 from .node import Transport
@@ -50,12 +50,12 @@ class Part:
         assert self._total is not None
         return self.form.results(self._total)
 
-    def add(self, index: int, arrays: Sequence[Array], weight: float) -> None:
-        """Contribute microbatch `index`: those of the sum's `arrays` that are here."""
+    def add(self, index: int, arrays: Sequence[Array], weights: Sequence[float | None]) -> None:
+        """Contribute microbatch `index`: those of the sum's `arrays` that are here, times their weights where there are."""
         slot = self._slots.take()
-        own = arrays if self.numbers is None else [arrays[number] for number in self.numbers]
-        for array, target in zip(own, slot.arrays, strict=False):  # without metrics, theirs has no place to fill
-            store(array, weight if is_float(array.dtype) else None, target)
+        own = range(len(arrays)) if self.numbers is None else self.numbers
+        for number, target in zip(own, slot.arrays, strict=False):  # without metrics, theirs has no place to fill
+            store(arrays[number], weights[number], target)
         if self._tree is None:
             self._tree = TreeSum(self._combine, self._first())
         self._tree.feed(Node(0, index), slot)

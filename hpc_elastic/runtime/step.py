@@ -110,32 +110,41 @@ class Step:
         all microbatches of the step come once more.
         """
         while not self._whole:
-            self._added.clear()
-            self._sum.drop()
-            yield from self._one_by_one()
-            self._whole = self._exchange()
+            for micro in self.begin():
+                self.take(micro)
+                yield micro
+            self.exchange()
 
-    def _one_by_one(self) -> Iterator[Microbatch]:
+    def begin(self) -> list[Microbatch]:
+        """Begin with the step, or begin anew after a loss: return this rank's microbatches, to be taken in their order.
+
+        `begin`, `take` and `exchange` are for what has to do the sum itself, as `hpc_elastic.keras` does from inside a graph.
+        """
+        self._added.clear()
+        self._sum.drop()
         found = self._batches.take(self._share)
         if self._batches.slow and self._following is not None:
             self._batches.begin(self._following.share(self._sum.interval, self._leaves))
         self.consumed = [micro.samples for micro in found]
-        for micro in found:
-            self._now = micro
-            yield micro
-        self._now = None
+        return found
 
-    def _exchange(self) -> bool:
-        """Do the sum; False if a rank was lost and it has to be done anew."""
+    def take(self, micro: Microbatch | None) -> None:
+        """Let `micro` be the microbatch at hand, which `add` is about."""
+        self._now = micro
+
+    def exchange(self) -> bool:
+        """Do the sum; False if a rank was lost and all since `begin` has to be done anew. Collective."""
+        self._now = None
         missing = [index for index in self.own if index not in self._added]
         if missing:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
             self._ledger(self)
         empty = without_samples(self.size, self._leaves)
-        return self._summed(lambda: self._sum.exchange(empty))
+        self._whole = self._summed(lambda: self._sum.exchange(empty))
+        return self._whole
 
-    def add(self, values: Any, **metrics: Any) -> None:
+    def add(self, values: Any, sums: Any = None, **metrics: Any) -> None:
         """Contribute what was computed from the microbatch at hand.
 
         Parameters
@@ -143,6 +152,8 @@ class Step:
         values : array, or nested lists, tuples and dicts of arrays
             Mean over the microbatch, as a gradient of a mean loss is; the same structure, shapes and dtypes every time.
             Arrays of integers are summed instead, since they have no mean of their dtype.
+        sums : array, or nested lists, tuples and dicts of arrays, optional
+            Sums over the microbatch, such as counts, to be summed: `reduce` then returns the pair of `values` and `sums`.
         **metrics : float
             Means over the microbatch, such as ``loss=…``; `metrics` has their means over the batch.
 
@@ -157,7 +168,7 @@ class Step:
         if index in self._added:
             raise StepError(f"step.add was called twice for microbatch {index}: add all arrays at once, as a list")
         self._added.add(index)
-        self._sum.add(index, values, {k: float(v) for k, v in metrics.items()}, len(self._now) / self.size)
+        self._sum.add(index, values, {k: float(v) for k, v in metrics.items()}, len(self._now) / self.size, sums)
 
     def reduce(self) -> Any:
         """Return the mean over the whole batch, on every rank, with the same bits at any number of ranks. Collective.
@@ -165,17 +176,17 @@ class Step:
         Returns
         -------
         values
-            Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
+            Structure as given to `add`, the sums behind the values if there are any, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
             since ranks of one host read the same memory.
         """
         if self._reduced:
             raise StepError("step.reduce was called twice")
-        if not self._whole and not self._exchange():
+        if not self._whole and not self.exchange():
             raise LostRank(
                 "a rank was lost, and its microbatches can't be handed out: let `for micro in step.microbatches()` run to "
                 "its end before step.reduce"
             )
-        self._whole = self._reduced = True
+        self._reduced = True
         values, self.metrics = self._sum.result()
         return values
 

@@ -1,0 +1,199 @@
+"""The callback that makes Keras's own `fit` elastic: each of its batches is a step of `job.steps`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from ..errors import ConfigError
+from . import settings
+from .dataset import Data, latest
+from .state import Callbacks, State, below, prefixed
+from .traced import Traced
+
+if TYPE_CHECKING:
+    from ..runtime.job import Job
+    from ..runtime.step import Step
+
+
+class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
+    """Callback for ``model.fit(he.keras.data(…), callbacks=[he.keras.Elasticity(job)])``.
+
+    Every batch is a resize point; newcomers join where the training is, and a job that was restarted goes on at its last
+    checkpoint: with epoch, metrics, history and the optimizer's state. It is the progress bar, too, on the leader alone.
+
+    Parameters
+    ----------
+    job : Job
+        What `he.run` has given to the function.
+    keep : sequence of keras.callbacks.Callback
+        Other callbacks that remember something, such as ``EarlyStopping``: newcomers and checkpoints get what they remember.
+    exact : bool
+        False takes the sums of MPI: then the last bits depend on the number of ranks.
+    """
+
+    def __init__(self, job: Job, *, keep: Sequence[Any] = (), exact: bool = True) -> None:
+        super().__init__()
+        self._job, self._keep, self._exact = job, list(keep), exact
+        self._traced: Traced | None = None
+        self._data: Data | None = None
+        self._steps: Iterator[Step] | None = None
+        self._first: Step | None = None
+        self._verbose = 0
+        self._epoch = self._batch = 0
+        self._logs: dict[str, float] = {}
+        self._state: _FitState | None = None
+
+    # --- Keras's hooks ------------------------------------------------------------------------------------------------
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Take the parameters of `fit`."""
+        super().set_params(params)
+        self.params = params
+        self._verbose = self.verbose
+
+    def set_model(self, model: Any) -> None:
+        """Put the own train function into its place, before `fit` makes its own."""
+        super().set_model(model)
+        model.train_function = self._train
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Trace the step, and join: the others train on until this rank is here."""
+        super().on_train_begin(logs)
+        model, data = self.model, latest()
+        if data is None or len(data) != self.params["steps"]:
+            raise ConfigError("fit(callbacks=[he.keras.Elasticity(job)]) needs its samples from he.keras.data(…)")
+        if self._exact:
+            settings.check()
+        data.seed = self._job.session.config.seed if data.seed is None else data.seed
+        self._data = data
+        if self._traced is None or self._traced.model is not model or self._traced.optimizer is not model.optimizer:
+            self._traced = Traced(model, data)
+        if self._state is None:
+            self._state = _FitState()
+            self._job.register(**{self._name(): self._state})
+        self._state.begin(model, [*self._keep, model.history])
+        epochs = self.params["epochs"]
+        self._steps = self._job.steps(
+            data.samples, epochs, data.batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode
+        )
+        self._first = next(self._steps, None)
+        model._initial_epoch = epochs if self._first is None else self._first.epoch  # noqa: SLF001  (meant for callbacks)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Take down which epoch it is."""
+        self._epoch, self._batch = epoch, 0
+        self._quiet()
+        super().on_epoch_begin(epoch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Draw the bar."""
+        if self._verbose:
+            self._quiet()
+            super().on_train_batch_end(batch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Draw the bar."""
+        self._quiet()
+        super().on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """End the loop over the steps, on all ranks."""
+        assert self._state is not None
+        self._state.put_back()
+        if self._steps is not None:
+            if not self.model.stop_training:
+                next(self._steps, None)
+            self._steps.close()  # type: ignore[attr-defined]
+            self._steps = None
+        self._called_in_fit = False
+        self.model._initial_epoch = None  # noqa: SLF001
+
+    def _quiet(self) -> None:
+        self.verbose = self._verbose if self._job.leads else 0
+        if self.progbar is not None:
+            self.progbar.verbose = self.verbose
+
+    def _name(self) -> str:
+        taken = self._job.membership.registry.names()
+        return next(name for name in ("keras", *(f"keras{n}" for n in range(2, 1000))) if name not in taken)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _train(self, iterator: Any) -> dict[str, float]:
+        """Stand in for Keras's train function: do one step, or as many as are to be done in one execution."""
+        assert self._traced is not None
+        assert self._data is not None
+        if not self._data.in_use:
+            raise ConfigError("fit was not given the he.keras.data(…) that was made last")
+        for _ in range(min(self.model.steps_per_execution, len(self._data) - self._batch)):
+            step = self._next()
+            self._batch += 1
+            if step is not None:
+                self._logs = self._traced.run(step)
+            if self.model.stop_training:
+                break
+        return self._logs
+
+    def _next(self) -> Step | None:
+        """Return the step of this batch; None if it was done before this rank came, or if the job stops."""
+        assert self._data is not None
+        assert self._steps is not None
+        assert self._state is not None
+        if self._first is None:
+            self._first = next(self._steps, None)
+        step, here = self._first, self._epoch * len(self._data) + self._batch
+        if step is None:
+            self.model.stop_training = True
+            return None
+        if step.number < here:
+            raise ConfigError(
+                "fit(initial_epoch=…) is not for elastic jobs, which know themselves where to go on: leave it out"
+            )
+        if step.number > here:
+            return None
+        self._state.put_back()
+        self._first = None
+        return step
+
+
+class _FitState:
+    """What newcomers and checkpoints get of a `fit`: the model's state, and what its callbacks remember.
+
+    Some of it is loaded before Keras resets it, at the beginning of an epoch; so it is put back afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._received: dict[str, Any] = {}
+
+    def begin(self, model: Any, callbacks: Sequence[Any]) -> None:
+        """Be that of this `fit`."""
+        self._model = model
+        self._own = State(model, model.optimizer)
+        self._callbacks = Callbacks(callbacks)
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it."""
+        return prefixed("model", self._own.state()) | prefixed("callbacks", self._callbacks.state())
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take what was received."""
+        self._own.load(below("model", state))
+        self._received = {
+            key: value.copy() if hasattr(value, "copy") else value for key, value in below("callbacks", state).items()
+        }
+        self._fleeting = [(variable, variable.numpy()) for variable in self._reset()]
+
+    def put_back(self) -> None:
+        """Put back what Keras and its callbacks have reset since."""
+        if self._received:
+            self._callbacks.load(self._received)
+            for variable, value in self._fleeting:
+                variable.assign(value)
+            self._received = {}
+
+    def _reset(self) -> list[Any]:
+        rate = self._model.optimizer.learning_rate
+        return [*self._model.metrics_variables, *([rate] if hasattr(rate, "assign") else [])]

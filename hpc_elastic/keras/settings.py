@@ -1,0 +1,70 @@
+"""The settings without which the bits of TensorFlow depend on the machine: to set them, and to check them."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ConfigError
+
+
+def same_bits(*, threads: int = 1, seed: int = 0) -> None:
+    """Make TensorFlow compute the same bits on every rank. To be called before the first operation.
+
+    Parameters
+    ----------
+    threads : int
+        Threads within an operation; another number gives other bits, so it is the same on all ranks.
+    seed : int
+        Seed of the initial weights.
+
+    Raises
+    ------
+    ConfigError
+        If TensorFlow is running already.
+
+    Notes
+    -----
+    Sets op determinism, which forbids operations whose result depends on timing; switches the graph's arithmetic
+    optimisation off, which reorders sums; and fixes the threads, since a sum cut in two rounds otherwise than in one.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    import keras
+
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    except RuntimeError as error:
+        raise ConfigError("he.keras.same_bits() must come before the first TensorFlow operation") from error
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    keras.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()
+
+
+def check() -> None:
+    """Check that this process computes the same bits as the others; set what can be set still.
+
+    Raises
+    ------
+    ConfigError
+        If Keras runs on something else than TensorFlow, or the number of threads is left to the machine.
+    """
+    import tensorflow as tf
+
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise ConfigError(
+            f"he.keras works with Keras on TensorFlow, and this is Keras on {keras.backend.backend()}: "
+            "set KERAS_BACKEND=tensorflow"
+        )
+    if not tf.config.threading.get_intra_op_parallelism_threads():
+        raise ConfigError(
+            "TensorFlow would take as many threads as each machine has cores, and other numbers give other bits: call "
+            "he.keras.same_bits(threads=1) at the top of the script, before TensorFlow is used; or give "
+            "he.keras.Elasticity(job, exact=False), for sums whose last bits depend on the ranks"
+        )
+    # These two are read whenever something is traced, so it is not too late for them.
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    tf.config.experimental.enable_op_determinism()
