@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -60,24 +59,14 @@ def train(job: he.Job) -> None:
     folder = settings.folder / f"text-{settings.task}"
     words = (folder / "words.txt").read_text().split("\n")[:-1]
     model = build(FIRST + len(words), settings.width, len(TASKS[settings.task]))
-    optimizer = keras.optimizers.Adam(settings.rate)
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-    @tf.function(input_signature=[tf.TensorSpec((None, LENGTH), tf.int32), tf.TensorSpec((None,), tf.int64)])
-    def gradients(tokens: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        with tf.GradientTape() as tape:
-            loss = loss_of(labels, model(tokens, training=True))
-        # Of an embedding TensorFlow gives the rows that were used; a sum over ranks needs all of them.
-        return loss, [tf.convert_to_tensor(each) for each in tape.gradient(loss, model.trainable_variables)]
-
-    job.register(model=he.keras.State(model, optimizer))
+    model.compile(
+        keras.optimizers.Adam(settings.rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
     with he.open_shards(folder / "train") as shards:
-        gradients(np.zeros((1, LENGTH), np.int32), np.zeros(1, np.int64))  # traced before joining: nobody waits for it
-        for step in job.steps(shards, epochs=settings.epochs, batch=settings.batch):
-            for micro in step.microbatches():
-                loss, grads = gradients(micro["tokens"], micro["label"])
-                step.add(grads, loss=loss)
-            optimizer.apply(step.reduce(), model.trainable_variables)
+        samples = he.keras.data(shards, settings.batch)
+        model.fit(samples, epochs=settings.epochs, callbacks=[he.keras.Elasticity(job)], verbose=2)
 
     if job.leads:
         report(model, folder / "test", words)
