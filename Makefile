@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
 
-.PHONY: help setup demo demo-slurm test search chaos test-slurm slurm-packages test-mpi bench bench-slurm check clean
+.PHONY: help setup demo demo-slurm test search chaos test-slurm slurm-packages test-mpi bench bench-peers bench-slurm check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -75,6 +75,10 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.step --json
 	$(BIN)/python -m benchmarks.growth --json
 	$(BIN)/python -m benchmarks.shards --json
+
+bench-peers: setup  ## the same training by this, Horovod Elastic and torchrun: builds those first, each in an environment of its own
+	JOBS=$(JOBS) benchmarks/peers/setup.sh
+	$(BIN)/python -m benchmarks.peers --json
 
 bench-slurm: setup slurm-packages  ## the benchmarks of the broker and of sums between nodes, on a Slurm cluster of this machine (root)
 	$(BIN)/python -m benchmarks.slurm --json

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 the job failed or a needed check did, 2 wrong usage or set
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +18,15 @@ from . import __version__
 from .config import from_environment, from_file, merge
 from .control import (
     CODES,
-    EXIT_DATA,
     EXIT_FAILED,
     EXIT_REFUSED,
     EXIT_USAGE,
+    Json,
+    Run,
     ask,
     checkpointed,
     ended,
     errors,
-    fail,
     past,
     remarks,
     resized,
@@ -35,6 +34,7 @@ from .control import (
     status_of,
 )
 from .errors import ConfigError, RunDirectoryError
+from .looking import inspect, report, tensorboard, verify
 from .model import Request
 from .rundir import RunDirectory
 from .submit import submit
@@ -50,8 +50,6 @@ app = typer.Typer(
     "he.run, 4 no such run or not running, 5 refused, 6 no answer in time, 7 bad data, 130 interrupted.",
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as `hpc-elastic run` made it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for the answer, and for the end.")]
 
 Minimum = Annotated[int | None, typer.Option("--min", help="Fewest ranks.")]
@@ -258,30 +256,7 @@ def checkpoint(
         ask(run, Request("checkpoint"), timeout_s, as_json=as_json, what="checkpoint", wait=checkpointed if wait else None)
 
 
-@app.command()
-def verify(
-    where: Annotated[Path, typer.Argument(metavar="WHERE", help="Run directory, or a checkpoint.")],
-    as_json: Json = False,
-) -> None:
-    """Read the checkpoints of a run, or one, and compare them with their checksums. Ends with 7 if one is bad or none there.
-
-    \b
-    Examples:
-      hpc-elastic verify runs/train-20300101-120000
-      hpc-elastic verify runs/train-20300101-120000/checkpoints/00-000001200 --json
-    """
-    from .verify import examine, table
-
-    with errors():
-        found = examine(where)
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            table(found)
-        if not found:
-            fail(f"{where} has no checkpoints", EXIT_DATA)
-        if any(row["problems"] for row in found):
-            raise typer.Exit(EXIT_DATA)
+app.command()(verify)
 
 
 @app.command()
@@ -345,45 +320,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-@app.command(no_args_is_help=True)
-def inspect(
-    where: Annotated[list[str], typer.Argument(metavar="WHERE", help="Shard files, a folder of them, or a pattern.")],
-    as_json: Json = False,
-) -> None:
-    """Print what a set of shards holds.
-
-    \b
-    Examples:
-      hpc-elastic inspect data/digits-upright/train
-      hpc-elastic inspect 'data/*/test/*.h5' --json
-    """
-    from .inspect import describe, table
-
-    with errors():
-        found = describe(where)
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            table(found)
-
-
-@app.command()
-def report(run: Run, as_json: Json = False) -> None:
-    """Print what happened in a run: generations, what each resize cost, pace, newcomers, losses, restarts, checkpoints.
-
-    \b
-    Example:
-      hpc-elastic report runs/train-20300101-120000
-    """
-    from .report import table
-    from .summary import summarize
-
-    with errors():
-        summary = summarize(RunDirectory(run))
-        if as_json:
-            typer.echo(json.dumps(summary))
-        else:
-            table(summary)
+app.command(no_args_is_help=True)(inspect)
+app.command()(report)
+app.command()(tensorboard)
 
 
 def main() -> None:

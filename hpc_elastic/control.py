@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
@@ -29,6 +29,9 @@ CODES = {
 LIVE = ("starting", "running")
 STALE_S = 30.0
 LOOK_S = 0.05
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as `hpc-elastic run` made it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 Done = Callable[[Status], bool]
 

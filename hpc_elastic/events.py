@@ -156,6 +156,24 @@ class Restarted(Event, frozen=True, kw_only=True):
     wait_s: float
 
 
+class Measured(Event, frozen=True, kw_only=True):
+    """The means of the ``metrics`` over the ``samples`` since the last such event, up to 256 times a loop.
+
+    ``step`` is the number of steps of loop ``loop`` done so far; the steps at which this is said don't depend on the ranks.
+    ``samples`` is 0 for what the script gave to `Job.log`.
+    """
+
+    loop: int
+    epoch: int
+    step: int
+    samples: int
+    ranks: int
+    metrics: Mapping[str, float | None]
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "metrics", numbers(self.metrics))
+
+
 class Epoch(Event, frozen=True, kw_only=True):
     """An epoch ended."""
 
@@ -201,6 +219,7 @@ AnyEvent = (
     | Resumed
     | Rewound
     | Restarted
+    | Measured
     | Epoch
     | Failed
     | Ended

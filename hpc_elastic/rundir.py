@@ -20,6 +20,7 @@ RUN/                 mode 0700
     companions/N.*   what the agent of companion N, another allocation, says; companions/N/ what it is to start
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
     ledger/          consumed samples, if asked for
+    tensorboard/     the log that `hpc-elastic tensorboard` writes
 """
 
 from __future__ import annotations
@@ -163,6 +164,7 @@ class RunDirectory:
         self.events = self.path / "events.jsonl"
         self.ledger = self.path / "ledger"
         self.newcomers = self.path / "newcomers"
+        self.tensorboard = self.path / "tensorboard"
         self._failure = self.path / "failure.json"
         self._status = self.path / "status.json"
         self._inbox = self.path / "inbox"

@@ -147,6 +147,22 @@ class Job:
         arrays.append(array)
         return array
 
+    def log(self, **metrics: Any) -> None:
+        """Write metrics of the script's own, such as a validation's, into the events. Inside a loop its turn counts as done.
+
+        Only the leader writes; on the other ranks nothing happens. What is given to `Step.add` is written by itself.
+
+        Parameters
+        ----------
+        **metrics : float
+            Values by name, such as ``val_loss=…``.
+        """
+        leader = self.membership.leader
+        if leader is not None:
+            values = {name: float(value) for name, value in metrics.items()}
+            # A checkpoint of this turn is of its beginning: after a restart from there this is said again.
+            leader.reports.measured(self._here, self._here.cursor.step + self._looping, leader.world.size, values)
+
     def _before_the_loop(self, what: str) -> None:
         if self._looping:
             raise ConfigError(f"job.{what} inside a loop: newcomers could not know of it; call it before the loop")

@@ -10,7 +10,7 @@ import msgspec
 from ..errors import JobError, Retired
 from ..model import Cursor
 from .agreement import CHECKPOINT, COPY, END, RESIZE, STOP
-from .plan import Tally
+from .plan import Sums, Tally
 from .reports import Here
 from .saving import LEAVERS_WAIT_S
 
@@ -82,9 +82,14 @@ class Loop:
     def advance(self, cursor: Cursor, samples: int, metrics: dict[str, float], *, end_of_epoch: bool) -> None:
         """Go on to `cursor`, after `samples` more."""
         here, leader = self.here, self._membership.leader
-        tally = here.tally.plus(samples, metrics)
+        recent = here.tally.recent.plus(samples, metrics)
+        tally = msgspec.structs.replace(here.tally.plus(samples, metrics), recent=recent)
+        if here.tells(cursor.step):
+            if leader is not None and recent.sums:
+                leader.reports.measured(here, cursor.step, leader.world.size, recent.means(), recent.samples)
+            tally = msgspec.structs.replace(tally, recent=Sums())
         if end_of_epoch and leader is not None:
             leader.reports.epoch(msgspec.structs.replace(here, tally=tally), leader.world.size)
         if end_of_epoch and cursor.step < here.steps:
-            tally = Tally(began=time.time())
+            tally = Tally(began=time.time(), recent=tally.recent)
         self.here = msgspec.structs.replace(here, cursor=cursor, tally=tally)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import msgspec
 
 from ..model import Cursor, Lease, Member
@@ -43,21 +45,27 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     told: tuple[int, ...] = ()
 
 
-class Tally(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over the current epoch so far."""
+class Sums(msgspec.Struct, frozen=True, kw_only=True):
+    """Metrics, summed over samples."""
 
-    began: float
     samples: int = 0
     sums: dict[str, float] = {}
 
-    def plus(self, samples: int, metrics: dict[str, float]) -> Tally:
-        """Return the tally with one more step."""
+    def plus(self, samples: int, metrics: dict[str, float]) -> Self:
+        """Return the sums with one more step."""
         sums = {key: self.sums.get(key, 0.0) + value * samples for key, value in metrics.items()}
-        return Tally(began=self.began, samples=self.samples + samples, sums=sums)
+        return msgspec.structs.replace(self, samples=self.samples + samples, sums=sums)
 
     def means(self) -> dict[str, float]:
         """Return the metrics' means over the samples so far."""
         return {key: value / self.samples for key, value in self.sums.items()} if self.samples else {}
+
+
+class Tally(Sums, frozen=True, kw_only=True):
+    """Sums over the current epoch so far, which began at time `began`; and `recent` ones, since they were last reported."""
+
+    began: float
+    recent: Sums = Sums()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 RECORDED_S, LOOK_S = 0.1, 0.002
+POINTS = 256
 
 
 def await_ends(
@@ -52,6 +53,10 @@ class Here(msgspec.Struct, frozen=True):
     arrays: tuple[DistributedArray, ...] = ()
     names: tuple[str, ...] = ()
 
+    def tells(self, step: int) -> bool:
+        """Tell whether metrics are reported when `step` steps are done: some `POINTS` times a loop."""
+        return step == self.steps or step % -(-self.steps // POINTS) == 0
+
 
 class Reports:
     """Writes for the leader."""
@@ -65,6 +70,14 @@ class Reports:
         """Tell people, on the terminal and in the events."""
         self.log.write(events.Notice(text=text))
         _tell(f"hpc_elastic: {text}\n")
+
+    def measured(self, here: Here, step: int, ranks: int, metrics: dict[str, float], samples: int = 0) -> None:
+        """Report metrics when `step` steps are done: means over `samples`, or the script's own."""
+        self.log.write(
+            events.Measured(
+                loop=here.loop, epoch=here.cursor.epoch, step=step, samples=samples, ranks=ranks, metrics=metrics
+            )
+        )
 
     def epoch(self, here: Here, ranks: int) -> None:
         """Report the end of an epoch."""

@@ -26,7 +26,7 @@ from tests.launch import hpc_elastic as command
 
 COMMANDS = (
     *("run", "submit", "resume", "status", "resize", "stop", "checkpoint", "verify"),
-    *("doctor", "pack", "inspect", "report"),
+    *("doctor", "pack", "inspect", "report", "tensorboard"),
 )
 LOOP = """
 import sys, time
@@ -254,7 +254,7 @@ def test_settings_reach_the_supervisor(monkeypatch):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["status", "stop", "report", "resize", "checkpoint", "resume"])
+@pytest.mark.parametrize("name", ["status", "stop", "report", "tensorboard", "resize", "checkpoint", "resume"])
 @pytest.mark.parametrize("place", ["absent", "."])
 def test_no_run_directory(name, place):
     more = ["2"] if name == "resize" else []
@@ -440,6 +440,8 @@ def test_live_job(script, tmp_path):
     assert done.code == 0
     assert "stopped" in done.err
     assert "stopped after" in invoke("report", "r", code=0)[0]
+    assert invoke("report", "r", "--svg", "r.svg", code=0) == ("", "")
+    assert "<svg" in Path("r.svg").read_text()
     assert fails("stop", "r", code=4) == "the job in r is not running: it has stopped"
 
 
