@@ -1,7 +1,8 @@
-"""Image classifier that trains on while its ranks come and go: upright or upside down, or the ten classes.
+"""Image classifier that trains on while its ranks come and go, with a loop of its own: upright or not, or the ten classes.
 
 hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.image.train --epochs 40
 python -m jobs.image.train --data fashion --epochs 3
+python -m jobs.image.train --data fashion --task classes --model cnn --epochs 3
 """
 
 from __future__ import annotations
@@ -29,19 +30,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="where the shards are, or will be, put")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--model", choices=["dense", "cnn"], default="dense")
     parser.add_argument("--hidden", type=int, default=8, help="width of the hidden layer; 64 is better for the classes")
     parser.add_argument("--rate", type=float, default=0.005, help="learning rate")
     return parser.parse_args()
 
 
-def build(hidden: int, classes: int) -> keras.Model:
-    """Return the classic small dense network."""
+def build(kind: str, hidden: int, classes: int) -> keras.Model:
+    """Return the classic small dense network, or one that convolves before."""
     layers = keras.layers
+    before = [layers.Flatten()]
+    if kind == "cnn":
+        before = [
+            layers.Reshape((28, 28, 1)),
+            layers.Conv2D(16, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+        ]
     return keras.Sequential(
         [
             keras.Input((28, 28)),
             layers.Rescaling(1 / 255),
-            layers.Flatten(),
+            *before,
             layers.Dense(hidden, activation="relu"),
             layers.Dense(classes),
         ]
@@ -53,7 +65,7 @@ def train(job: he.Job) -> None:
     settings = parse()
     folder = settings.folder / f"{settings.data}-{settings.task}"
     names = UPRIGHT if settings.task == "upright" else CLASSES[settings.data]
-    model = build(settings.hidden, len(names))
+    model = build(settings.model, settings.hidden, len(names))
     optimizer = keras.optimizers.Adam(settings.rate)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
