@@ -44,7 +44,14 @@ CASES = (
     Case("image", "jobs.image.train", (*CLASSES, *WIDER), "50:3,500:2-0", CLASSES),
     Case("image", "jobs.image.fit", (*CLASSES, "--model", "cnn", *WIDER), "50:3,500:2-0", CLASSES),
     Case("text", "jobs.text.train", (), "20:3,200:2-0", ("--task", "department"), ("accuracy", "balanced")),
-    Case("text", "jobs.text.train", ("--task", "recommended"), "20:3,200:2-0", ("--task", "recommended"), ("accuracy", "balanced")),
+    Case(
+        "text",
+        "jobs.text.train",
+        ("--task", "recommended"),
+        "20:3,200:2-0",
+        ("--task", "recommended"),
+        ("accuracy", "balanced"),
+    ),
     Case("recommend", "jobs.recommend.train", (), "20:3,350:2-0", (), ("ndcg@10", "recall@10")),
 )
 

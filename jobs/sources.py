@@ -66,5 +66,7 @@ def ready(folder: Path, classes: tuple[str, ...], samples: int) -> bool:
         return False  # nothing is there, or it is damaged and will be replaced
     if found != (classes, samples):
         few = ", ".join(found[0][:10]) + (", …" if len(found[0]) > 10 else "")
-        raise ShardError(f"{folder} has {found[1]} samples of the classes {few or '(none)'}: choose another folder, or remove it")
+        raise ShardError(
+            f"{folder} has {found[1]} samples of the classes {few or '(none)'}: choose another folder, or remove it"
+        )
     return True

@@ -59,7 +59,9 @@ def prepare(out: Path) -> dict[str, Path]:
         rows = ratings()
         before = split(rows)
         parts = {
-            "train": {name: column[before & (rows.stars >= LIKED)] for name, column in rows._asdict().items() if name in KEPT},
+            "train": {
+                name: column[before & (rows.stars >= LIKED)] for name, column in rows._asdict().items() if name in KEPT
+            },
             "test": {"seen": marked(rows, before), "liked": marked(rows, ~before & (rows.stars >= LIKED))},
             "films": films(),
             "viewers": {"features": viewers()},

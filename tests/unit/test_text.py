@@ -29,7 +29,8 @@ def few(monkeypatch):
     """Make the reviews come from a table of some rows instead of the package's."""
     table = {
         "Title": ["Nice", None, "Nice", None, "No", None] + [f"title {n}" for n in range(60)],
-        "Review Text": ["Soft dress!", "It's warm", "Soft dress!", None, "Bad", "x"] + [f"Dress number {n}" for n in range(60)],
+        "Review Text": ["Soft dress!", "It's warm", "Soft dress!", None, "Bad", "x"]
+        + [f"Dress number {n}" for n in range(60)],
         "Department Name": ["Dresses", "Jackets", "Tops", "Tops", None, "Trend"] + ["Dresses"] * 60,
         "Recommended IND": [1, 0, 1, 1, 1, 0] + [1] * 60,
     }
