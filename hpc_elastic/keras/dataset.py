@@ -1,7 +1,8 @@
-"""What `fit`, `evaluate` and `predict` are given: samples of a data set, and which of their fields are inputs and targets."""
+"""What `fit`, `evaluate` and `predict` are given: samples of a set, and which of their fields are inputs and targets."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 import keras
 
 from ..errors import ConfigError
-from ..sampler import Order, random_of
+from ..sampler import Order, random_of, steps_per_epoch
 
 if TYPE_CHECKING:
     from ..runtime.batches import Decode, Samples
@@ -22,7 +23,7 @@ Names = str | Sequence[str] | Mapping[str, str]
 TARGETS = ("label", "target", "y")  # names of a field that is taken for the target if none is named
 EXAMPLE = 2  # samples: with one, Keras would take the first axis for one that is always 1
 
-_latest: list[weakref.ref[Data]] = []  # the one that Keras has reset last: fit does so before it makes its callbacks
+_latest: list[weakref.ref[Data]] = []  # what Keras was given last: before its callbacks are called
 
 
 class Arrays:
@@ -83,7 +84,8 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
         if batch < 1 or not len(samples):
             raise ConfigError(f"he.keras.data of {len(samples)} samples in batches of {batch}: there must be some of each")
         self._order = Order(len(samples), seed or 0, shuffle, samples.chunk_samples)
-        self._epoch, self._within = 0, False
+        self._epoch, self._within, self._in_order = 0, False, True
+        self._thread = threading.get_ident()
         example = self.fields(np.arange(min(EXAMPLE, len(samples))), 0, 0)
         self.structure = _structure(list(example), inputs, targets, weights)
         self.names: list[str] = keras.tree.flatten(self.structure)
@@ -93,11 +95,19 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
         self.example = [np.asarray(example[name]) for name in self.names]
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch)
+        return steps_per_epoch(len(self.samples), self.batch)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches. Keras asks for it when it is given the data, and before `on_epoch_end`, but in `predict`."""
+        if threading.get_ident() == self._thread:  # not tf.data's, which asks for it as well when it reads
+            self._in_order = True
+            _latest[:] = [weakref.ref(self)]
+        return len(self)
 
     def __getitem__(self, index: int) -> Any:
-        start = index * self.batch
-        chosen = self._order.take(self._epoch, start, min(start + self.batch, len(self.samples)))
+        start, stop = index * self.batch, min((index + 1) * self.batch, len(self.samples))
+        chosen = np.arange(start, stop) if self._in_order else self._order.take(self._epoch, start, stop)
         fields = self.fields(chosen, self._epoch * len(self) + index, 0)
         return self.packed([fields[name] for name in self.names])
 
@@ -115,10 +125,9 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
         self._within = True
 
     def on_epoch_end(self) -> None:
-        """Go on to the next epoch. Keras calls this when it is given the data, too."""
+        """Go on to the next epoch. In `fit` and `evaluate`, Keras calls this before the first one, too."""
         self._epoch += self._within
-        self._within = False
-        _latest[:] = [weakref.ref(self)]
+        self._within = self._in_order = False
 
     @property
     def in_use(self) -> bool:
@@ -128,8 +137,7 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
 
 def latest() -> Data | None:
     """Return the data that Keras was given last, once; None if there is none."""
-    found = _latest.pop()() if _latest else None
-    return found
+    return _latest.pop()() if _latest else None
 
 
 def _structure(fields: Sequence[str], inputs: Names | None, targets: Names | None, weights: str | None) -> tuple[Any, ...]:
@@ -190,10 +198,22 @@ def data(
     seed : int, optional
         Seed of the order; that of the job by default.
 
+    Notes
+    -----
+    Without a job, `fit` takes the batches in an order of Keras's, unless it is given ``shuffle=False``.
+
     Raises
     ------
     ConfigError
         If there is nothing in it, a field is not there, or it can't be told which are the inputs.
     """
-    samples: Samples = Arrays(source) if isinstance(source, Mapping) else source
-    return Data(samples, batch, inputs, targets, weights, decode, seed, shuffle=shuffle)
+    return Data(
+        Arrays(source) if isinstance(source, Mapping) else source,
+        batch,
+        inputs,
+        targets,
+        weights,
+        decode,
+        seed,
+        shuffle=shuffle,
+    )

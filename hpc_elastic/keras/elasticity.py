@@ -10,6 +10,7 @@ import keras
 from ..errors import ConfigError
 from . import settings
 from .dataset import Data, latest
+from .evaluation import Evaluation
 from .state import Callbacks, State, below, prefixed
 from .traced import Traced
 
@@ -45,6 +46,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._epoch = self._batch = 0
         self._logs: dict[str, float] = {}
         self._state: _FitState | None = None
+        self._evaluation: Evaluation | None = None
+        self._keras_own: Any = None  # its test or predict function, while the own one is in its place
 
     # --- Keras's hooks ------------------------------------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._quiet()
         super().on_epoch_end(epoch, logs)
 
-    def on_train_end(self, logs: Any = None) -> None:
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""
         assert self._state is not None
         self._state.put_back()
@@ -110,6 +113,54 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             self._steps = None
         self._called_in_fit = False
         self.model._initial_epoch = None  # noqa: SLF001
+        self.model.train_function = None
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Let all ranks evaluate together, if the samples come from `data`."""
+        self._quiet()
+        super().on_test_begin(logs)
+        data = latest()
+        if data is not None:
+            self._keras_own, evaluation = self.model.test_function, self._evaluating()
+            behind = self._first is not None and self._first.number > self._here  # it was done before this rank came
+            self.model.test_function = lambda _: self._logs if behind else evaluation.evaluate(data)
+            self.model.stop_evaluating = True  # after one call, which is for the whole set
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Put Keras's own test function back."""
+        super().on_test_end(logs)
+        if self._keras_own is not None:
+            self.model.test_function, self._keras_own = self._keras_own, None
+        self._leave()
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Let all ranks predict together, if the samples come from `data`."""
+        self._quiet()
+        super().on_predict_begin(logs)
+        data = latest()
+        if data is not None:
+            self._keras_own, evaluation = self.model.predict_function, self._evaluating()
+            self.model.predict_function = lambda _: evaluation.predict(data)
+            self.model.stop_predicting = True
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Put Keras's own predict function back."""
+        super().on_predict_end(logs)
+        if self._keras_own is not None:
+            self.model.predict_function, self._keras_own = self._keras_own, None
+        self._leave()
+
+    def _evaluating(self) -> Evaluation:
+        if self._evaluation is None or self._evaluation.model is not self.model or not self._called_in_fit:
+            if self._exact:
+                settings.check()
+            self._evaluation = Evaluation(self._job, self.model)
+        return self._evaluation
+
+    def _leave(self) -> None:
+        """Let a `fit` without this callback have Keras's own train function."""
+        if not self._called_in_fit:
+            self.model.train_function = None
 
     def _quiet(self) -> None:
         self.verbose = self._verbose if self._job.leads else 0
@@ -122,7 +173,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _train(self, iterator: Any) -> dict[str, float]:
+    def _train(self, _: Any) -> dict[str, float]:
         """Stand in for Keras's train function: do one step, or as many as are to be done in one execution."""
         assert self._traced is not None
         assert self._data is not None
@@ -137,6 +188,11 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
                 break
         return self._logs
 
+    @property
+    def _here(self) -> int:
+        """Number of the step that `fit` is at."""
+        return self._epoch * len(self._data) + self._batch if self._data is not None else 0
+
     def _next(self) -> Step | None:
         """Return the step of this batch; None if it was done before this rank came, or if the job stops."""
         assert self._data is not None
@@ -144,7 +200,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         assert self._state is not None
         if self._first is None:
             self._first = next(self._steps, None)
-        step, here = self._first, self._epoch * len(self._data) + self._batch
+        step, here = self._first, self._here
         if step is None:
             self.model.stop_training = True
             return None

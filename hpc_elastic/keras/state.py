@@ -95,9 +95,8 @@ def _flatten(value: Any, key: str, found: dict[str, Any]) -> bool:
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         found[key] = value.copy()
     elif isinstance(value, list | tuple | dict):
-        is_dict = isinstance(value, dict)
-        items: Iterable[tuple[Any, Any]] = value.items() if is_dict else enumerate(value)
-        inside: dict[str, Any] = {f"{key}:{'dict' if is_dict else 'list'}": len(value)}
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        inside: dict[str, Any] = {f"{key}:{'dict' if isinstance(value, dict) else 'list'}": len(value)}
         for name, item in items:
             if not isinstance(name, str | int) or "." in str(name) or not _flatten(item, f"{key}.{name}", inside):
                 return False

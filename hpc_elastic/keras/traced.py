@@ -68,10 +68,10 @@ class Traced:
         """Do a step, and return the values of its logs. Collective."""
         self._step, done = step, None
         while done is None:
-            done = self._attempt(step, step.begin())
+            done = self._attempt(step.begin())
         return dict(zip(self._names, done, strict=True))
 
-    def _attempt(self, step: Step, micros: list[Microbatch]) -> list[float] | None:
+    def _attempt(self, micros: list[Microbatch]) -> list[float] | None:
         """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
         seed = self.data.seed or 0
         for micro in micros[:-1]:
@@ -83,7 +83,7 @@ class Traced:
             whole, logs = self._compute(None, self.data.example, seed, last=True)
         return logs.numpy().tolist() if bool(whole) else None
 
-    def _compute(self, micro: Microbatch | None, arrays: list[Any], seed: int, *, last: bool) -> tuple[Any, Any]:
+    def _compute(self, micro: Microbatch | None, arrays: list[Any], seed: int, *, last: bool) -> Any:
         assert self._step is not None
         self._micro, self._last = micro, last
         words = seed_words(seed, self._step.number, micro.index) if micro is not None and self._seeds else (0, 0)
@@ -94,7 +94,7 @@ class Traced:
         return found
 
     def _meet(self, *arrays: np.ndarray) -> list[Any]:
-        """Contribute a microbatch; if it is the last one, do the sum. Called from the graph, through which no error comes."""
+        """Contribute a microbatch; if it is the last one, do the sum. Called from the graph, which no error may leave."""
         step, means = self._step, len(self._means.dtypes)
         assert step is not None
         try:
@@ -237,8 +237,8 @@ def _collecting(optimizer: Any) -> Iterator[list[tuple[list[Any], list[Any]]]]:
 def _only(taken: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
     if len(taken) != 1:
         raise ConfigError(
-            f"train_step applied its compiled optimizer {len(taken)} times, and has to do so once: there is one sum over the "
-            "ranks in a step. Use a loop of your own, with job.steps"
+            f"train_step applied its compiled optimizer {len(taken)} times, and has to do so once: there is one sum over "
+            "the ranks in a step. Use a loop of your own, with job.steps"
         )
     return taken[0]
 

@@ -192,6 +192,11 @@ class Membership:
                 return False
         return True
 
+    def pass_by(self) -> None:
+        """Pass a point at which nothing happens: a sum that belongs to no step comes next. On all ranks, like any point."""
+        self._point, self._word = self._point + 1, NOTHING
+        self._in_sum = self._ready = False
+
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def _recover(self, here: Here) -> bool:

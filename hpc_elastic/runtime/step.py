@@ -118,7 +118,7 @@ class Step:
     def begin(self) -> list[Microbatch]:
         """Begin with the step, or begin anew after a loss: return this rank's microbatches, to be taken in their order.
 
-        `begin`, `take` and `exchange` are for what has to do the sum itself, as `hpc_elastic.keras` does from inside a graph.
+        `begin`, `take` and `exchange` are for what does the sum itself, as `hpc_elastic.keras` does from inside a graph.
         """
         self._added.clear()
         self._sum.drop()
@@ -176,8 +176,8 @@ class Step:
         Returns
         -------
         values
-            Structure as given to `add`, the sums behind the values if there are any, of NumPy arrays that stay valid until the next step's `reduce`. They are read-only,
-            since ranks of one host read the same memory.
+            Structure as given to `add`, of NumPy arrays that stay valid until the next step's `reduce`; with sums, the pair
+            of both. They are read-only, since ranks of one host read the same memory.
         """
         if self._reduced:
             raise StepError("step.reduce was called twice")

@@ -27,10 +27,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("seed", seeds(metafunc.config, SEEDS, SOME))
 
 
-def timetable(seed: int) -> Timetable:
+def timetable(seed: int, last: int = STEPS - 1) -> Timetable:
     """Return a random timetable of 2 to 6 resizes between 1 and 4 ranks; most shrinks name who leaves, often rank 0."""
     rng = random.Random(seed)
-    steps = sorted(rng.sample(range(STEPS - 1), rng.randint(2, 6)))
+    steps = sorted(rng.sample(range(last), rng.randint(2, 6)))
     size, entries = 1, []
     for step in steps:
         ranks = rng.choice([n for n in range(1, 5) if n != size or size > 1])

@@ -1,0 +1,144 @@
+"""The job that `benchmarks.fit` measures: a model trained by an elastic `fit`, and by Keras alone, in turns.
+
+Usage: python fit_job.py FILE ROUNDS MODEL:BATCH:STEPS [MODEL:BATCH:STEPS ...]
+
+Both take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`, and of Keras's own
+train function, with the hooks that `fit` calls around it, on the same number of samples, and nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import hpc_elastic as he
+
+he.keras.same_bits(threads=1, seed=1)
+
+from mpi4py import MPI  # noqa: E402
+
+import keras  # noqa: E402  (after the settings that it reads when it starts)
+
+FILE, ROUNDS = Path(sys.argv[1]), int(sys.argv[2])
+SHAPES = [(name, int(batch), int(steps)) for name, batch, steps in (word.split(":") for word in sys.argv[3:])]
+SAMPLES, SIDE, CLASSES = 1 << 13, 28, 10
+WARM = 2
+layers = keras.layers
+
+
+def mlp() -> list[Any]:
+    """Return the layers of the small classifier: 6 thousand parameters."""
+    return [layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dense(CLASSES)]
+
+
+def cnn() -> list[Any]:
+    """Return those of a convolutional network: 225 thousand parameters."""
+    return [
+        layers.Reshape((SIDE, SIDE, 1)),
+        layers.Conv2D(32, 3, activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Conv2D(64, 3, activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(128, activation="relu"),
+        layers.Dense(CLASSES),
+    ]
+
+
+def deep() -> list[Any]:
+    """Return those of a network of 41 dense layers: 746 thousand parameters in 82 variables."""
+    return [layers.Flatten(), *(layers.Dense(128, activation="relu") for _ in range(40)), layers.Dense(CLASSES)]
+
+
+def model_of(name: str) -> Any:
+    """Return a compiled model."""
+    model = keras.Sequential([keras.Input((SIDE, SIDE)), *{"mlp": mlp, "cnn": cnn, "deep": deep}[name]()])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    return model
+
+
+def batches(images: np.ndarray, labels: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of random samples without end."""
+    rng = np.random.default_rng(1)
+    while True:
+        order = rng.permutation(len(images))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            yield images[chosen], labels[chosen]
+
+
+class Rounds(keras.callbacks.Callback):  # type: ignore[misc]
+    """Times `n` steps of the elastic fit, then `n` steps of Keras alone, and so on."""
+
+    def __init__(self, comm: MPI.Intracomm, plain: Any, given: Iterator[Any], n: int) -> None:
+        super().__init__()
+        self._comm, self._plain, self._given, self._n = comm, plain, given, n
+        plain.make_train_function()
+        self._hooks = keras.callbacks.CallbackList([], add_history=True, model=plain, epochs=1, steps=None, verbose=0)
+        self._hooks.on_train_begin()
+        self._step, self._begun = 0, 0.0
+        self.took: dict[str, list[float]] = {"elastic": [], "alone": []}
+
+    def _alone(self) -> float:
+        self._comm.Barrier()
+        begun = time.perf_counter()
+        for step in range(self._n):
+            self._hooks.on_train_batch_begin(step)
+            logs = self._plain.train_function(self._given)
+            self._hooks.on_train_batch_end(step, logs)
+        return (time.perf_counter() - begun) / self._n
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
+        """Go over to the next round where one is done."""
+        self._step += 1
+        if self._step % self._n:
+            return
+        if self._step > self._n:
+            self.took["elastic"].append((time.perf_counter() - self._begun) / self._n)
+        if len(self.took["elastic"]) == WARM + ROUNDS:
+            self.model.stop_training = True
+            return
+        self.took["alone"].append(self._alone())
+        self._comm.Barrier()
+        self._begun = time.perf_counter()
+
+
+def measure(job: he.Job, comm: MPI.Intracomm, name: str, batch: int, n: int) -> dict[str, Any]:
+    """Return the seconds of a step of each, on the slowest rank, in each round."""
+    rng = np.random.default_rng(0)
+    images = rng.random((SAMPLES, SIDE, SIDE), np.float32)
+    labels = rng.integers(0, CLASSES, SAMPLES)
+    model, plain = model_of(name), model_of(name)
+    rounds = Rounds(comm, plain, batches(images, labels, batch // comm.size), n)
+    data = he.keras.data({"image": images, "label": labels}, batch=batch)
+    model.fit(data, epochs=10_000, verbose=0, callbacks=[he.keras.Elasticity(job), rounds])
+    slowest = np.array([rounds.took[kind][-ROUNDS:] for kind in ("elastic", "alone")])
+    comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    return {
+        "parameters": model.count_params(),
+        "variables": len(model.trainable_variables),
+        "elastic": slowest[0].tolist(),
+        "alone": slowest[1].tolist(),
+    }
+
+
+def train(job: he.Job) -> None:
+    """Measure each model."""
+    comm = MPI.COMM_WORLD.Dup()  # `job.comm` notes the user's calls, which costs some
+    found = [measure(job, comm, *shape) for shape in SHAPES]
+    comm.Free()
+    if job.leads:
+        part = FILE.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(FILE)
+
+
+if __name__ == "__main__":
+    he.run(train)

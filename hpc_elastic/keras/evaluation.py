@@ -1,0 +1,137 @@
+"""Evaluation and prediction by all ranks: a set in parts, of which each is computed the same way wherever it is.
+
+There are as many parts as microbatches in a step, and a rank has an interval of them. Metrics begin from zero in each, and are
+summed along the tree of the canonical sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+import keras
+
+from ..arrays.host import Array
+from ..reduce import Sum
+from ..sampler import microbatches, without_samples
+
+if TYPE_CHECKING:
+    from ..runtime.job import Job
+    from .dataset import Data
+
+Chunks = Iterator[tuple[list[Array], int]]
+
+
+class Evaluation:
+    """Evaluates and predicts with one model.
+
+    Parameters
+    ----------
+    job : Job
+        The ranks. In one that has not joined yet, everything is computed here.
+    model : keras.Model
+        A compiled model.
+    """
+
+    def __init__(self, job: Job, model: Any) -> None:
+        self._job, self.model = job, model
+        self._graphs: dict[tuple[str, str], Any] = {}
+        self._leaves = job.session.config.microbatches
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Return the logs of the whole set, and leave the model's metrics as they are for it. Collective."""
+        call = self._graph("test_step", data)
+        variables = self.model.metrics_variables
+        others = [name for name in call.structured_outputs if name not in self.model.get_metrics_result()]
+        parts: list[tuple[int, list[Array]]] = []
+
+        def compute() -> None:
+            parts[:] = []
+            for index, chunks in self._own(data):
+                for variable in variables:
+                    variable.assign(tf.zeros_like(variable.value))
+                means = np.zeros(len(others))
+                for arrays, n in chunks:
+                    logs = call(*map(tf.convert_to_tensor, arrays))
+                    means += [n * float(logs[name]) for name in others]
+                parts.append((index, [*(np.array(variable) for variable in variables), means]))
+
+        total = Sum(self._leaves, self._job.membership.joined)
+
+        def exchange() -> None:
+            total.drop()
+            for index, values in parts:
+                total.add(index, [], {}, 1.0, values)
+            total.exchange(without_samples(len(data.samples), self._leaves))
+
+        if self._job.joined:
+            self._together(compute, exchange)
+            *found, means = total.result()[0][1]
+        else:
+            compute()
+            *found, means = (sum(column) for column in zip(*(values for _, values in parts), strict=True))
+        for variable, value in zip(variables, found, strict=True):
+            variable.assign(value)
+        logs = self.model.get_metrics_result()
+        logs |= {name: mean / len(data.samples) for name, mean in zip(others, means.tolist(), strict=True)}
+        return {name: logs[name] for name in call.structured_outputs}
+
+    def predict(self, data: Data) -> Any:
+        """Return what the model makes of the whole set, in its order, as tensors, on every rank. Collective."""
+        call = self._graph("predict_step", data)
+        parts: list[list[Array]] = []
+
+        def compute() -> None:
+            parts[:] = []
+            for _, chunks in self._own(data):
+                for arrays, _ in chunks:
+                    parts.append([np.asarray(one) for one in keras.tree.flatten(call(*map(tf.convert_to_tensor, arrays)))])
+
+        outputs: list[Array] = []
+
+        def gather() -> None:
+            own = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            count = len(keras.tree.flatten(call.structured_outputs))
+            everybody = [self._job.collective.allgather(own[i] if own else np.empty(0)) for i in range(count)]
+            outputs[:] = [np.concatenate([part for part in column if len(part)]) for column in everybody]
+
+        if self._job.joined:
+            self._together(compute, gather)
+        else:
+            compute()
+            outputs = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return keras.tree.pack_sequence_as(call.structured_outputs, [tf.convert_to_tensor(one) for one in outputs])
+
+    def _together(self, compute: Callable[[], None], exchange: Callable[[], None]) -> None:
+        """Compute this rank's parts, and exchange; once more with a larger share if a rank was lost."""
+        membership = self._job.membership
+        membership.pass_by()
+        compute()
+        while not membership.summed(self._job.here, exchange):
+            compute()
+
+    def _own(self, data: Data) -> Iterator[tuple[int, Chunks]]:
+        """Yield this rank's parts that have samples: their numbers, and their samples in chunks."""
+        low, high = Sum(self._leaves, self._job.membership.joined).interval if self._job.joined else (0, self._leaves)
+        for index, (start, stop) in enumerate(microbatches(len(data.samples), self._leaves)):
+            if low <= index < high and start < stop:
+                yield index, self._chunks(data, index, start, stop)
+
+    def _chunks(self, data: Data, index: int, start: int, stop: int) -> Chunks:
+        for first in range(start, stop, data.batch):
+            fields = data.fields(np.arange(first, min(stop, first + data.batch)), 0, index)
+            arrays = [np.asarray(fields[name]) for name in data.names]
+            yield arrays, len(arrays[0])
+
+    def _graph(self, step: str, data: Data) -> Any:
+        """Return the model's `step` as a graph, traced for samples like those of `data`."""
+        key = step, repr([(array.shape[1:], array.dtype) for array in data.example]) + repr(data.structure)
+        if key not in self._graphs:
+            specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in data.example]
+            self.model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (builds metrics, too)
+            function = tf.function(lambda *flat: getattr(self.model, step)(data.packed(flat)), autograph=False)
+            self._graphs[key] = function.get_concrete_function(*specs)
+        return self._graphs[key]

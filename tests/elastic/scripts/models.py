@@ -1,0 +1,212 @@
+"""Keras models of several kinds, each a plain Keras script made elastic by three lines, and the variants of `fit`.
+
+Usage: python models.py KIND [--epochs N] [--batch N] [--validate] [--early] [--kill STEP] ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+
+import numpy as np
+
+import hpc_elastic as he
+
+he.keras.same_bits(threads=1, seed=1)
+
+import keras  # noqa: E402  (after the settings that it reads when it starts)
+from keras import layers, ops  # noqa: E402
+
+SAMPLES, HELD_BACK, CLASSES = 500, 203, 4
+rng = np.random.default_rng(0)
+
+
+def cnn():
+    """Return a convolutional network with batch normalisation and dropout, and images of stripes."""
+    label = rng.integers(0, CLASSES, SAMPLES + HELD_BACK)
+    grid = np.indices((12, 12))
+    image = np.stack([np.sin(grid[c % 2] * (1 + c // 2)) for c in label])[..., None]
+    image = (image + rng.normal(0, 1, image.shape)).astype(np.float32)
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 1)),
+            layers.RandomFlip("horizontal"),
+            layers.Conv2D(8, 3, use_bias=False),
+            layers.BatchNormalization(),
+            layers.Activation("relu"),
+            layers.MaxPooling2D(),
+            layers.Dropout(0.2),
+            layers.Flatten(),
+            layers.Dense(CLASSES),
+        ]
+    )
+    return model, {"image": image, "label": label}, {}
+
+
+def words():
+    """Return sequences of words; one of them tells the class."""
+    label = rng.integers(0, CLASSES, SAMPLES + HELD_BACK)
+    text = rng.integers(CLASSES, 50, (len(label), 10))
+    text[np.arange(len(label)), rng.integers(0, 10, len(label))] = label
+    return {"text": text.astype(np.int32), "label": label}
+
+
+def lstm():
+    """Return a recurrent network over embedded words."""
+    model = keras.Sequential(
+        [
+            keras.Input((10,), dtype="int32"),
+            layers.Embedding(50, 12),
+            layers.LSTM(16, dropout=0.1),
+            layers.Dense(CLASSES),
+        ]
+    )
+    return model, words(), {}
+
+
+def attention():
+    """Return an embedding with attention."""
+    text = keras.Input((10,), dtype="int32")
+    embedded = layers.Embedding(50, 16)(text)
+    attended = layers.MultiHeadAttention(2, 8, dropout=0.1)(embedded, embedded)
+    normal = layers.LayerNormalization()(attended + embedded)
+    return keras.Model(text, layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(normal))), words(), {}
+
+
+def two_inputs():
+    """Return a functional model with two inputs."""
+    data = words()
+    data["number"] = rng.normal(size=(len(data["label"]), 5)).astype(np.float32)
+    text, number = keras.Input((10,), dtype="int32", name="words"), keras.Input((5,), name="numbers")
+    both = layers.Concatenate()(
+        [layers.Flatten()(layers.Embedding(50, 8)(text)), layers.Dense(8, activation="tanh")(number)]
+    )
+    model = keras.Model({"words": text, "numbers": number}, layers.Dense(CLASSES)(layers.BatchNormalization()(both)))
+    return model, data, {"inputs": {"words": "text", "numbers": "number"}}
+
+
+class Contrasting(keras.Model):
+    """A model with a train_step of its own: noise on its inputs, a loss of two terms, a metric of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.body = layers.Dense(24, activation="relu")
+        self.head = layers.Dense(CLASSES)
+        self.noise = keras.random.SeedGenerator(3)
+        self.spread = keras.metrics.Mean(name="spread")
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            noisy = x + keras.random.normal(ops.shape(x), stddev=0.1, seed=self.noise)
+            predicted = self(noisy, training=True)
+            apart = ops.mean(ops.square(predicted - self(x, training=True)))
+            loss = self.compute_loss(y=y, y_pred=predicted) + 0.1 * apart
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_variables), self.trainable_variables, strict=True)
+        )
+        self.spread.update_state(apart)
+        for metric in self.metrics:
+            if metric.name == "compile_metrics":
+                metric.update_state(y, predicted)
+        return {"spread": self.spread.result(), "both": loss}
+
+
+def custom():
+    """Return a model with a train_step of its own."""
+    label = rng.integers(0, CLASSES, SAMPLES + HELD_BACK)
+    point = (np.eye(CLASSES)[label] @ rng.normal(0, 1, (CLASSES, 8)) + rng.normal(0, 0.5, (len(label), 8))).astype(
+        np.float32
+    )
+    return Contrasting(), {"point": point, "label": label}, {}
+
+
+KINDS = {"cnn": cnn, "lstm": lstm, "attention": attention, "two_inputs": two_inputs, "custom": custom}
+
+
+def parse():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--verbose", type=int, default=0)
+    parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--early", action="store_true", help="stop early, and let the learning rate go down")
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--execution", type=int, default=1, help="steps_per_execution")
+    parser.add_argument("--clip", type=float, help="clipnorm")
+    parser.add_argument("--accumulate", type=int, help="gradient_accumulation_steps")
+    parser.add_argument("--average", action="store_true", help="use_ema")
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--kill", type=int, nargs="*", default=[], help="a rank kills itself in the step of this number")
+    return parser.parse_args()
+
+
+class Fatal(keras.callbacks.Callback):
+    """Kills the last rank of several at a step, or a single one, once."""
+
+    def __init__(self, job, steps):
+        super().__init__()
+        self.job, self.steps = job, steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) in self.steps and self.job.rank == self.job.size - 1 and first():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first():
+    """Return True once in a run."""
+    try:
+        os.close(os.open("killed", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def train(job):
+    given = parse()
+    if given.mixed:
+        keras.config.set_dtype_policy("mixed_float16")
+    model, arrays, fields = KINDS[given.kind]()
+    optimizer = keras.optimizers.Adam(
+        keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9) if not given.early else 0.01,
+        clipnorm=given.clip,
+        gradient_accumulation_steps=given.accumulate,
+        use_ema=given.average,
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=given.execution)
+
+    seen = {name: array[:SAMPLES] for name, array in arrays.items()}
+    held_back = he.keras.data({name: array[SAMPLES:] for name, array in arrays.items()}, batch=40, **fields)
+    rest = [keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)] if given.early else []
+    rest += [keras.callbacks.ReduceLROnPlateau("loss", patience=1)] if given.early else []
+    elastic = he.keras.Elasticity(job, keep=rest)
+    history = model.fit(
+        he.keras.data(seen, batch=given.batch, **fields),
+        epochs=given.epochs,
+        verbose=given.verbose,
+        validation_data=held_back if given.validate else None,
+        callbacks=[elastic, *rest, *([Fatal(job, given.kill)] if given.kill else [])],
+    )
+    found = {}
+    if given.predict:
+        found = model.evaluate(held_back, callbacks=[elastic], return_dict=True, verbose=given.verbose)
+        predicted = model.predict(held_back, callbacks=[elastic], verbose=0)
+        found["right"] = float(np.mean(predicted.argmax(-1) == arrays["label"][SAMPLES:]))
+        found["predicted"] = he.keras.weights_sha256([predicted])
+    if job.leads:
+        print("sha256", he.keras.weights_sha256(model.get_weights()))
+        print("history", history.history)
+        print("iterations", int(model.optimizer.iterations), "epochs", len(history.epoch))
+        print("found", found, flush=True)
+
+
+if __name__ == "__main__":
+    he.run(train)

@@ -1,0 +1,108 @@
+"""Keras's `fit` in elastic jobs: five models through random timetables, and what `fit` can do through losses and restarts."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+
+import pytest
+
+from hpc_elastic import events
+
+from ..afterwards import check_ledger, happened, resizes
+from ..launch import SCRIPTS, Job, hpc_elastic
+from .test_same_bits import sizes
+from .test_same_bits import timetable as random_timetable
+
+pytestmark = [
+    pytest.mark.tensorflow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
+    ),
+]
+KINDS = ("cnn", "lstm", "attention", "two_inputs", "custom")
+SEEDS = range(200, 205)
+SAMPLES, EPOCHS, STEPS = 500, 3, 30
+SOME = {("cnn", 200), ("custom", 201)}
+EVERYTHING = ("--validate", "--predict")
+ELASTIC = ("--slots", 5, "--max", 4, "--set", "ledger=true", "--hold")
+
+
+def run(folder, options, script, code=0):
+    """Run a model; return what it printed, without the launcher's part."""
+    command = hpc_elastic("run", "--run-dir", "r", *options, SCRIPTS / "models.py", *script)
+    with Job(command, folder=folder, limit_s=240) as job:
+        done = job.wait()
+    assert done.code == code, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """Return what one static rank prints for a script, which is run once."""
+    known = {}
+
+    def of(*script):
+        if script not in known:
+            known[script] = run(tmp_path_factory.mktemp("static"), (), script).out
+        return known[script]
+
+    return of
+
+
+def pytest_generate_tests(metafunc):
+    if "seed" in metafunc.fixturenames:
+        every = metafunc.config.getoption("all_faults")
+        cases = [(kind, seed) for kind in KINDS for seed in SEEDS if every or (kind, seed) in SOME]
+        metafunc.parametrize(("kind", "seed"), cases)
+
+
+def test_random_timetables(kind, seed, static, tmp_path):
+    table = random_timetable(seed, STEPS - 1)
+    print(f"seed {seed}: {table}")
+    done = run(tmp_path, (*ELASTIC, "--timetable", table), (kind, *EVERYTHING))
+    assert done.out == static(kind, *EVERYTHING)  # weights, history, metrics, predictions
+    assert [event.after for event in resizes(tmp_path / "r")] == sizes(table)
+    check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
+
+
+VARIANTS = {
+    "early": ("cnn", "--validate", "--early", "--epochs", 8),
+    "several": ("two_inputs", "--execution", 3, "--clip", 0.5, "--average"),
+    "accumulate": ("two_inputs", "--accumulate", 2, "--batch", 40),
+    "mixed": ("lstm", "--mixed"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(name, static, tmp_path, pytestconfig):
+    if name != "several" and not pytestconfig.getoption("all_faults"):
+        pytest.skip("one of --all-faults")
+    script = VARIANTS[name]
+    done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,17:2-0"), script)
+    assert done.out == static(*script)
+    assert "nan" not in done.out
+
+
+def test_a_rank_is_killed(static, tmp_path):
+    """The others go on with the step in flight; the replacement comes in the midst of an epoch."""
+    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3", "--hold"), ("custom", *EVERYTHING, "--kill", 13))
+    assert done.out == static("custom", *EVERYTHING)
+    assert [lost.step for lost in happened(tmp_path / "r", events.Lost)] == [13]
+    assert not happened(tmp_path / "r", events.Restarted)
+
+
+def test_a_restart_within_an_epoch(static, tmp_path):
+    """The only rank is lost in the second epoch; the job goes on at the checkpoint of step 10 or later, with its history."""
+    done = run(tmp_path, ("--set", "checkpoint_steps=4"), ("custom", *EVERYTHING, "--kill", 18))
+    assert done.out == static("custom", *EVERYTHING)
+    assert len(happened(tmp_path / "r", events.Restarted)) == 1
+
+
+def test_one_bar(tmp_path):
+    """The leader alone draws Keras's bar, also when another one leads."""
+    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3,12:2-0", "--hold"), ("custom", "--verbose", 2))
+    lines = [line for line in done.out.splitlines() if line.startswith("10/10")]
+    assert len(lines) == EPOCHS
+    history = ast.literal_eval(done.value("history"))
+    assert len(history["both"]) == EPOCHS
