@@ -5,6 +5,8 @@ hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.image.fit --data fash
 
 from __future__ import annotations
 
+import numpy as np
+
 import hpc_elastic as he
 
 from .prepare import CLASSES, UPRIGHT, prepare
@@ -22,11 +24,17 @@ def train(job: he.Job) -> None:
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    with he.open_shards(folder / "train") as shards:
-        samples = he.keras.data(shards, settings.batch)
-        model.fit(samples, epochs=settings.epochs, callbacks=[he.keras.Elasticity(job)], verbose=2)
+    elastic = he.keras.Elasticity(job)
+    measured = ("accuracy", "val_accuracy", "val_loss")  # for the picture, which has the loss of every step anyway
+    log = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: job.log(**{name: logs[name] for name in measured}))
+    with he.open_shards(folder / "train") as shards, he.open_shards(folder / "test") as held_back:
+        samples, test = he.keras.data(shards, settings.batch), he.keras.data(held_back, 1024)
+        model.fit(samples, epochs=settings.epochs, validation_data=test, callbacks=[elastic, log], verbose=2)
+        scores = model.predict(test, callbacks=[elastic], verbose=0)  # by all ranks, each image once
+        labels = held_back.gather(np.arange(len(held_back)))["label"]
     if job.leads:
-        report(model, folder / "test", names)
+        report(scores, labels, names)
+        print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import hpc_elastic as he
 
@@ -85,19 +86,20 @@ def train(job: he.Job) -> None:
             optimizer.apply(step.reduce(), model.trainable_variables)
 
     if job.leads:
-        report(model, folder / "test", names)
+        with he.open_shards(folder / "test") as shards:
+            batch = shards.gather(np.arange(len(shards)))
+        scores = np.concatenate([model(part) for part in np.array_split(batch["image"], 8)])
+        report(scores, batch["label"], names)
+        print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
-def report(model: keras.Model, folder: Path, names: tuple[str, ...]) -> None:
-    """Print the accuracy on the test images, some predictions, and the weights' digest."""
-    with he.open_shards(folder) as shards:
-        batch = shards.gather(np.arange(len(shards)))
-    predicted = np.concatenate([np.argmax(model(part), axis=1) for part in np.array_split(batch["image"], 8)])
+def report(scores: NDArray[np.float32], labels: NDArray[np.int64], names: tuple[str, ...]) -> None:
+    """Print the accuracy on the test images, and some predictions."""
+    predicted = np.argmax(scores, axis=1)
     some = np.linspace(0, len(predicted) - 1, 10).astype(int)
-    print("actual    ", *(f"{names[label]:<12}" for label in batch["label"][some]))
+    print("actual    ", *(f"{names[label]:<12}" for label in labels[some]))
     print("predicted ", *(f"{names[label]:<12}" for label in predicted[some]))
-    print(f"accuracy   {np.mean(predicted == batch['label']):.4f} on {len(predicted)} images held back")
-    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
+    print(f"accuracy   {np.mean(predicted == labels):.4f} on {len(predicted)} images held back")
 
 
 if __name__ == "__main__":

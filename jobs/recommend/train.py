@@ -29,10 +29,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="where the shards are, or will be, put")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=32, help="length of the vectors of viewers and films")
-    parser.add_argument("--rate", type=float, default=0.01, help="learning rate")
-    parser.add_argument("--decay", type=float, default=0.3, help="weight decay")
-    parser.add_argument("--dropout", type=float, default=0.3)
+    parser.add_argument("--width", type=int, default=64, help="length of the vectors of viewers and films")
+    parser.add_argument("--rate", type=float, default=0.02, help="learning rate at the start; it falls to 0")
+    parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
+    parser.add_argument("--dropout", type=float, default=0.5)
     return parser.parse_args()
 
 
@@ -90,28 +90,32 @@ def everything(folder: Path) -> dict[str, NDArray[np.generic]]:
         return dict(shards.gather(np.arange(len(shards))))
 
 
-def train(job: he.Job) -> None:
+def run(job: he.Job) -> None:
     """Train, then recommend films to all viewers, and see whether they liked them."""
     settings = parse()
     folder = settings.folder / "recommend"
     viewers, films = (everything(folder / name) for name in ("viewers", "films"))
     model = Towers(viewers["features"], films["features"], settings.width, settings.dropout)
-    # Which film a viewer liked, out of all: a softmax over the films needs no dislikes to be made up.
-    model.compile(
-        keras.optimizers.AdamW(settings.rate, weight_decay=settings.decay),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
+    elastic = he.keras.Elasticity(job)
     with he.open_shards(folder / "train") as shards:
-        samples = he.keras.data(shards, settings.batch, inputs="viewer", targets="film")
-        model.fit(samples, epochs=settings.epochs, callbacks=[he.keras.Elasticity(job)], verbose=2)
+        liked = he.keras.data(shards, settings.batch, inputs="viewer", targets="film")
+        rate = keras.optimizers.schedules.CosineDecay(settings.rate, settings.epochs * len(liked))
+        # Which film a viewer liked, out of all: a softmax over the films needs no dislikes to be made up.
+        model.compile(
+            keras.optimizers.AdamW(rate, weight_decay=settings.decay),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        model.fit(liked, epochs=settings.epochs, callbacks=[elastic], verbose=2)
+    all_viewers = he.keras.data({"viewer": np.arange(len(viewers["features"]))}, 128)
+    scores = model.predict(all_viewers, callbacks=[elastic], verbose=0)  # by all ranks, each viewer once
 
     if job.leads:
-        report(model, everything(folder / "test"), [title.decode() for title in films["title"]])
+        report(scores, everything(folder / "test"), [title.decode() for title in films["title"]])
+        print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
-def report(model: keras.Model, test: dict[str, NDArray[np.uint8]], titles: list[str]) -> None:
-    """Print how good the recommendations are, some of them, and the weights' digest."""
-    scores = np.asarray(model(np.arange(len(test["seen"]))))
+def report(scores: NDArray[np.float32], test: dict[str, NDArray[np.uint8]], titles: list[str]) -> None:
+    """Print how good the recommendations are, and some of them."""
     best = first(scores, test["seen"], 4)
     for viewer in np.linspace(0, len(best) - 1, 4).astype(int):
         films = (titles[film] + (" (liked)" if test["liked"][viewer, film] else "") for film in best[viewer])
@@ -119,10 +123,9 @@ def report(model: keras.Model, test: dict[str, NDArray[np.uint8]], titles: list[
     found = rank(scores, test["seen"], test["liked"])
     print(f"ndcg@10    {found.ndcg:.4f} over {found.viewers} viewers")
     print(f"recall@10  {found.recall:.4f}")
-    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
 if __name__ == "__main__":
     given = parse()
     prepare(given.folder / "recommend")
-    he.run(train)
+    he.run(run)

@@ -7,9 +7,11 @@ python -m jobs.text.train --task recommended
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import hpc_elastic as he
 
@@ -53,7 +55,7 @@ def build(words: int, width: int, classes: int) -> keras.Model:
     return keras.Model(tokens, keras.layers.Dense(classes)(Attention()(vectors, tokens)))
 
 
-def train(job: he.Job) -> None:
+def run(job: he.Job) -> None:
     """Train, then classify held-back reviews."""
     settings = parse()
     folder = settings.folder / f"text-{settings.task}"
@@ -64,30 +66,34 @@ def train(job: he.Job) -> None:
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    with he.open_shards(folder / "train") as shards:
-        samples = he.keras.data(shards, settings.batch)
-        model.fit(samples, epochs=settings.epochs, callbacks=[he.keras.Elasticity(job)], verbose=2)
+    elastic = he.keras.Elasticity(job)
+    names = ("accuracy", "val_accuracy", "val_loss")  # for the picture, which has the loss of every step anyway
+    log = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: job.log(**{name: logs[name] for name in names}))
+    with he.open_shards(folder / "train") as shards, he.open_shards(folder / "test") as held_back:
+        train, test = he.keras.data(shards, settings.batch), he.keras.data(held_back, 1024)
+        model.fit(train, epochs=settings.epochs, validation_data=test, callbacks=[elastic, log], verbose=2)
+        scores = model.predict(test, callbacks=[elastic], verbose=0)  # by all ranks, each review once
+        samples = held_back.gather(np.arange(len(held_back)))
 
     if job.leads:
-        report(model, folder / "test", words)
+        report(scores, samples, words, TASKS[settings.task])
+        print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
-def report(model: keras.Model, folder: Path, words: list[str]) -> None:
-    """Print the accuracy on the test reviews, some of them, and the weights' digest."""
-    with he.open_shards(folder) as shards:
-        batch, classes = shards.gather(np.arange(len(shards))), shards.classes
-    scores = np.concatenate([model(part) for part in np.array_split(batch["tokens"], 8)])
-    predicted, actual = scores.argmax(axis=1), batch["label"]
+def report(
+    scores: NDArray[np.float32], samples: Mapping[str, NDArray[np.generic]], words: list[str], names: tuple[str, ...]
+) -> None:
+    """Print the accuracy on the test reviews, and some of them."""
+    predicted, actual = scores.argmax(axis=1), samples["label"]
     for some in np.linspace(0, len(actual) - 1, 4).astype(int):
-        text = " ".join(words[token - FIRST] if token >= FIRST else "…" for token in batch["tokens"][some] if token != PAD)
-        print(f"{classes[actual[some]]:<10} taken for {classes[predicted[some]]:<10} {text[:80]}")
+        text = " ".join(words[token - FIRST] if token >= FIRST else "…" for token in samples["tokens"][some] if token != PAD)
+        print(f"{names[actual[some]]:<10} taken for {names[predicted[some]]:<10} {text[:80]}")
     print(f"accuracy   {np.mean(predicted == actual):.4f} on {len(actual)} reviews held back")
     recalls = [np.mean(predicted[actual == label] == label) for label in np.unique(actual)]
     print(f"balanced   {np.mean(recalls):.4f}, the mean over the classes")
-    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
 if __name__ == "__main__":
     given = parse()
     prepare(given.task, given.folder / f"text-{given.task}")
-    he.run(train)
+    he.run(run)
