@@ -73,6 +73,7 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.checkpoints --machinery --json
 	$(BIN)/python -m benchmarks.allreduce --json
 	$(BIN)/python -m benchmarks.step --json
+	$(BIN)/python -m benchmarks.fit --json
 	$(BIN)/python -m benchmarks.growth --json
 	$(BIN)/python -m benchmarks.shards --json
 	$(BIN)/python -m benchmarks.applications --json

@@ -2,8 +2,8 @@
 
 Usage: python fit_job.py FILE ROUNDS MODEL:BATCH:STEPS [MODEL:BATCH:STEPS ...]
 
-Both take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`, and of Keras's own
-train function, with the hooks that `fit` calls around it, on the same number of samples, and nothing is exchanged.
+Both take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`, and of Keras's
+own train function, with the hooks that `fit` calls around it, on the same number of samples, and nothing is exchanged.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ class Arrays:
     """NumPy arrays of equal length as a data set."""
 
     chunk_samples = None
+    reads_ahead = True
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
         self.fields = {name: np.asarray(array) for name, array in arrays.items()}
@@ -41,9 +42,12 @@ class Arrays:
     def __len__(self) -> int:
         return self._length
 
-    def gather(self, samples: NDArray[np.int64]) -> dict[str, Array]:
-        """Return some samples."""
-        return {name: array[samples] for name, array in self.fields.items()}
+    def gather(self, samples: NDArray[np.int64], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Return some samples, in the first rows of the arrays in `out` if there are any."""
+        if out is None:
+            return {name: array.take(samples, 0) for name, array in self.fields.items()}
+        n = len(samples)  # "clip": there is none out of range, and with "raise" NumPy would copy once more
+        return {name: array.take(samples, 0, out[name][:n], "clip") for name, array in self.fields.items()}
 
 
 class Data(keras.utils.PyDataset):  # type: ignore[misc]
@@ -207,13 +211,5 @@ def data(
     ConfigError
         If there is nothing in it, a field is not there, or it can't be told which are the inputs.
     """
-    return Data(
-        Arrays(source) if isinstance(source, Mapping) else source,
-        batch,
-        inputs,
-        targets,
-        weights,
-        decode,
-        seed,
-        shuffle=shuffle,
-    )
+    samples = Arrays(source) if isinstance(source, Mapping) else source
+    return Data(cast("Samples", samples), batch, inputs, targets, weights, decode, seed, shuffle=shuffle)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from ..errors import ConfigError
-from . import settings
+from . import rules, settings
 from .dataset import Data, latest
 from .evaluation import Evaluation
 from .state import Callbacks, State, below, prefixed
@@ -30,14 +30,25 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
     job : Job
         What `he.run` has given to the function.
     keep : sequence of keras.callbacks.Callback
-        Other callbacks that remember something, such as ``EarlyStopping``: newcomers and checkpoints get what they remember.
+        Other callbacks that remember something, such as ``EarlyStopping``: newcomers and checkpoints get that.
+    rule : "fixed", "linear", "sqrt" or "adascale"
+        "fixed": the batch of `data` is that of all ranks, and the bits don't depend on them. Else it is the batch of each
+        rank, and the learning rate is multiplied by the number of ranks, by its square root, or by AdaScale's gain.
     exact : bool
         False takes the sums of MPI: then the last bits depend on the number of ranks.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such rule. What `fit` can't do in a job is refused when it begins.
     """
 
-    def __init__(self, job: Job, *, keep: Sequence[Any] = (), exact: bool = True) -> None:
+    def __init__(self, job: Job, *, keep: Sequence[Any] = (), rule: rules.Rule = "fixed", exact: bool = True) -> None:
         super().__init__()
-        self._job, self._keep, self._exact = job, list(keep), exact
+        if rule not in rules.RULES:
+            raise ConfigError(f"he.keras.Elasticity(rule={rule!r}): there are {', '.join(rules.RULES)}")
+        self._job, self._keep, self._rule, self._exact = job, list(keep), rule, exact
+        self._epoch_done = False
         self._traced: Traced | None = None
         self._data: Data | None = None
         self._steps: Iterator[Step] | None = None
@@ -73,21 +84,21 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         data.seed = self._job.session.config.seed if data.seed is None else data.seed
         self._data = data
         if self._traced is None or self._traced.model is not model or self._traced.optimizer is not model.optimizer:
-            self._traced = Traced(model, data)
+            self._traced = Traced(model, data, self._job.session.config.microbatches, self._rule)
         if self._state is None:
             self._state = _FitState()
             self._job.register(**{self._name(): self._state})
-        self._state.begin(model, [*self._keep, model.history])
-        epochs = self.params["epochs"]
+        self._state.begin(model, [*self._keep, model.history], self._traced.adascale)
+        epochs, batch = self.params["epochs"], rules.batch_of(self._rule, data.batch)
         self._steps = self._job.steps(
-            data.samples, epochs, data.batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode
+            data.samples, epochs, batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode
         )
         self._first = next(self._steps, None)
         model._initial_epoch = epochs if self._first is None else self._first.epoch  # noqa: SLF001  (meant for callbacks)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Take down which epoch it is."""
-        self._epoch, self._batch = epoch, 0
+        self._epoch, self._batch, self._epoch_done = epoch, 0, False
         self._quiet()
         super().on_epoch_begin(epoch, logs)
 
@@ -122,7 +133,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         data = latest()
         if data is not None:
             self._keras_own, evaluation = self.model.test_function, self._evaluating()
-            behind = self._first is not None and self._first.number > self._here  # it was done before this rank came
+            behind = self._first is not None and self._first.epoch > self._epoch  # it was done before this rank came
             self.model.test_function = lambda _: self._logs if behind else evaluation.evaluate(data)
             self.model.stop_evaluating = True  # after one call, which is for the whole set
 
@@ -173,20 +184,31 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _train(self, _: Any) -> dict[str, float]:
+    def _train(self, iterator: Any) -> dict[str, float]:
         """Stand in for Keras's train function: do one step, or as many as are to be done in one execution."""
         assert self._traced is not None
         assert self._data is not None
-        if not self._data.in_use:
-            raise ConfigError("fit was not given the he.keras.data(…) that was made last")
+        if not self._batch:
+            self._check(iterator)
         for _ in range(min(self.model.steps_per_execution, len(self._data) - self._batch)):
             step = self._next()
             self._batch += 1
             if step is not None:
                 self._logs = self._traced.run(step)
+                self._epoch_done = step.last
             if self.model.stop_training:
                 break
         return self._logs
+
+    def _check(self, iterator: Any) -> None:
+        """Refuse what Keras would have done with the data, and this callback does not."""
+        assert self._data is not None
+        if not self._data.in_use:
+            raise ConfigError("fit was not given the he.keras.data(…) that was made last")
+        if len(keras.tree.flatten(iterator.element_spec)) != len(self._data.names):
+            raise ConfigError(
+                "fit(class_weight=…) is not for elastic jobs: give he.keras.data(weights=…) the name of a field"
+            )
 
     @property
     def _here(self) -> int:
@@ -198,17 +220,21 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         assert self._data is not None
         assert self._steps is not None
         assert self._state is not None
+        if self._epoch_done:
+            return None
         if self._first is None:
             self._first = next(self._steps, None)
-        step, here = self._first, self._here
+        step = self._first
         if step is None:
             self.model.stop_training = True
             return None
-        if step.number < here:
+        fixed = self._rule == rules.FIXED  # else steps are fewer than batches with more ranks: those left are passed over
+        ahead = step.number - self._here if fixed else step.epoch - self._epoch
+        if ahead < 0:
             raise ConfigError(
                 "fit(initial_epoch=…) is not for elastic jobs, which know themselves where to go on: leave it out"
             )
-        if step.number > here:
+        if ahead:
             return None
         self._state.put_back()
         self._first = None
@@ -224,19 +250,26 @@ class _FitState:
     def __init__(self) -> None:
         self._received: dict[str, Any] = {}
 
-    def begin(self, model: Any, callbacks: Sequence[Any]) -> None:
+    def begin(self, model: Any, callbacks: Sequence[Any], adascale: rules.AdaScale | None) -> None:
         """Be that of this `fit`."""
-        self._model = model
+        self._model, self._adascale = model, adascale
         self._own = State(model, model.optimizer)
         self._callbacks = Callbacks(callbacks)
 
     def state(self) -> dict[str, Any]:
         """Return all of it."""
-        return prefixed("model", self._own.state()) | prefixed("callbacks", self._callbacks.state())
+        rule = self._adascale.memory if self._adascale is not None else {}
+        return (
+            prefixed("model", self._own.state())
+            | prefixed("callbacks", self._callbacks.state())
+            | prefixed("rule", dict(rule))
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         """Take what was received."""
         self._own.load(below("model", state))
+        if self._adascale is not None:
+            self._adascale.memory = below("rule", state)
         self._received = {
             key: value.copy() if hasattr(value, "copy") else value for key, value in below("callbacks", state).items()
         }

@@ -1,7 +1,7 @@
 """Evaluation and prediction by all ranks: a set in parts, of which each is computed the same way wherever it is.
 
-There are as many parts as microbatches in a step, and a rank has an interval of them. Metrics begin from zero in each, and are
-summed along the tree of the canonical sum.
+There are as many parts as microbatches in a step, and a rank has an interval of them. Metrics begin from zero in each, and
+are summed along the tree of the canonical sum.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,7 +173,7 @@ class Job:
         self,
         data: Samples,
         epochs: int,
-        batch: int,
+        batch: int | Callable[[int], int],
         *,
         shuffle: bool = True,
         seed: int | None = None,
@@ -192,8 +192,9 @@ class Job:
             Has a length and ``gather(samples)``.
         epochs : int
             Number of passes.
-        batch : int
-            Samples in a step, over all ranks.
+        batch : int, or callable
+            Samples in a step, over all ranks; or a function of the number of ranks that returns it. Then steps depend on the
+            ranks, and so do the bits; each sample is consumed once an epoch all the same.
         shuffle : bool
             False takes the samples in their order.
         seed : int, optional
@@ -216,7 +217,8 @@ class Job:
             something else or given with ``exact=False``.
         """
         leaves = self.session.config.microbatches
-        per_epoch = count_steps(len(data), epochs, batch, self.session.config)
+        batch_of = batch if callable(batch) else lambda _: batch
+        per_epoch = count_steps(len(data), epochs, batch_of(1), self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
@@ -224,23 +226,22 @@ class Job:
             data.share_chunks(str(self.session.run.path))
 
         def at(cursor: Cursor) -> Batch | None:
-            stop = min(cursor.position + batch, len(data))
+            stop = min(cursor.position + batch_of(self.size), len(data))
             return Batch(cursor.epoch, cursor.step, cursor.position, stop) if cursor.epoch < epochs else None
 
-        following: Batch | None = None
         with contextlib.closing(Batches(data, order, decode)) as batches:
             for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
                 cursor = loop.here.cursor
-                now = following if following is not None and following.step == cursor.step else at(cursor)
+                now = at(cursor)
                 assert now is not None
                 last = now.stop == len(data)
                 after = (
                     Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)
                 )
-                following = at(after)
                 step = Step(
                     batch=now,
-                    following=following,
+                    following=at(after),
+                    last=last,
                     leaves=leaves,
                     batches=batches,
                     total=total,

@@ -60,7 +60,8 @@ class Loop:
 
     def going(self) -> bool:
         """Pass the resize point of the next turn; False if there is none: the loop is at its end, or the job stops."""
-        if self.here.cursor.step >= self.here.steps or self.stopped:
+        cursor = self.here.cursor
+        if cursor.step >= self.here.steps or cursor.epoch >= self.here.epochs or self.stopped:
             return False
         word = self._membership.pass_point(self.here)
         world = self._membership.world

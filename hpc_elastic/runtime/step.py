@@ -58,6 +58,8 @@ class Step:
         Epoch, and number of the step over all epochs, from 0.
     size : int
         Samples in this step's batch, over all ranks.
+    last : bool
+        True if it is the last one of its epoch.
     metrics : dict of str to float
         Means over the batch of what was given to `add` by name; there after `reduce`.
     """
@@ -72,10 +74,12 @@ class Step:
         total: Sum,
         summed: Callable[[Callable[[], None]], bool],
         ledger: Callable[[Step], None] | None = None,
+        last: bool = False,
     ) -> None:
         self.epoch = batch.epoch
         self.number = batch.step
         self.size = batch.size
+        self.last = last
         self.metrics: dict[str, float] = {}
         self.consumed: list[NDArray[np.int64]] = []
         self._batch, self._following = batch, following

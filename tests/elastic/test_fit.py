@@ -1,4 +1,4 @@
-"""Keras's `fit` in elastic jobs: five models through random timetables, and what `fit` can do through losses and restarts."""
+"""Keras's `fit` in elastic jobs: five models through random timetables, the variants of `fit`, losses and restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 KINDS = ("cnn", "lstm", "attention", "two_inputs", "custom")
 SEEDS = range(200, 205)
 SAMPLES, EPOCHS, STEPS = 500, 3, 30
-SOME = {("cnn", 200), ("custom", 201)}
+SOME = {("cnn", 200)}
 EVERYTHING = ("--validate", "--predict")
 ELASTIC = ("--slots", 5, "--max", 4, "--set", "ledger=true", "--hold")
 
@@ -76,7 +76,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(name, static, tmp_path, pytestconfig):
-    if name != "several" and not pytestconfig.getoption("all_faults"):
+    if not pytestconfig.getoption("all_faults"):
         pytest.skip("one of --all-faults")
     script = VARIANTS[name]
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,17:2-0"), script)
@@ -99,10 +99,27 @@ def test_a_restart_within_an_epoch(static, tmp_path):
     assert len(happened(tmp_path / "r", events.Restarted)) == 1
 
 
-def test_one_bar(tmp_path):
-    """The leader alone draws Keras's bar, also when another one leads."""
-    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3,12:2-0", "--hold"), ("custom", "--verbose", 2))
-    lines = [line for line in done.out.splitlines() if line.startswith("10/10")]
-    assert len(lines) == EPOCHS
+@pytest.mark.parametrize("rule", ["adascale", "linear", "sqrt"])
+def test_a_batch_for_each_rank(rule, tmp_path, pytestconfig):
+    """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch."""
+    if not pytestconfig.getoption("all_faults"):
+        pytest.skip("one of --all-faults")
+    script = ("cnn", "--validate", "--batch", 25, "--rule", rule)
+    done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)
+    check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
+    assert int(done.value("iterations").split()[0]) < EPOCHS * SAMPLES // 25
+    losses = ast.literal_eval(done.value("history"))["loss"]
+    assert len(losses) == EPOCHS
+    assert losses[-1] < losses[0] / 2
+
+
+def test_one_bar(tmp_path, pytestconfig):
+    """The leader alone draws Keras's bar, and logs, also when another one leads."""
+    if not pytestconfig.getoption("all_faults"):
+        pytest.skip("one of --all-faults")
+    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3,12:2-0", "--hold"), ("custom", "--verbose", 2, "--log"))
+    for begin in ("10/10", "logged"):
+        assert len([line for line in done.out.splitlines() if line.startswith(begin)]) == EPOCHS
+    assert done.value("logging") == "begins"
     history = ast.literal_eval(done.value("history"))
     assert len(history["both"]) == EPOCHS

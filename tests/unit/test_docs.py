@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import importlib.util
 import inspect
 import json
 import os
@@ -23,7 +24,8 @@ from tests.launch import ROOT, Job, hpc_elastic, mpiexec, python, until
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "slurm" / "README.md"])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
-RUNNABLE = ("README.md", "docs/tutorial.md")
+RUNNABLE = ("README.md", "docs/tutorial.md", "docs/keras.md")
+OF_KERAS = "docs/keras.md"  # needs TensorFlow, which is there with MPICH only
 PROGRAM = typer.main.get_command(cli.app)
 MARK = re.compile(r"<!--\s*(.*?)\s*-->")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -295,6 +297,8 @@ def command_line(parts):
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_examples_run(name, tmp_path, monkeypatch):
     """All blocks of a page that are marked, in their order, in one folder."""
+    if name == OF_KERAS and importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("make setup installs TensorFlow with MPICH only")
     for variable in os.environ:
         if variable.startswith(config.PREFIX):
             monkeypatch.delenv(variable)

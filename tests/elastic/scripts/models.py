@@ -143,7 +143,9 @@ def parse():
     parser.add_argument("--clip", type=float, help="clipnorm")
     parser.add_argument("--accumulate", type=int, help="gradient_accumulation_steps")
     parser.add_argument("--average", action="store_true", help="use_ema")
+    parser.add_argument("--rule", default="fixed", help="for the batch, which is that of a rank then, and the learning rate")
     parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--log", action="store_true", help="print what the leader alone should")
     parser.add_argument("--kill", type=int, nargs="*", default=[], help="a rank kills itself in the step of this number")
     return parser.parse_args()
 
@@ -155,9 +157,19 @@ class Fatal(keras.callbacks.Callback):
         super().__init__()
         self.job, self.steps = job, steps
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002  (Keras's signature)
         if int(self.model.optimizer.iterations) in self.steps and self.job.rank == self.job.size - 1 and first():
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Log(keras.callbacks.Callback):
+    """Prints, on each rank that it is called on."""
+
+    def on_train_begin(self, logs=None):  # noqa: ARG002  (Keras's signature)
+        print("logging begins", flush=True)
+
+    def on_epoch_end(self, epoch, logs=None):
+        print("logged", epoch, sorted(logs), flush=True)
 
 
 def first():
@@ -175,7 +187,7 @@ def train(job):
         keras.config.set_dtype_policy("mixed_float16")
     model, arrays, fields = KINDS[given.kind]()
     optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9) if not given.early else 0.01,
+        keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9) if not given.early and given.rule == "fixed" else 0.01,
         clipnorm=given.clip,
         gradient_accumulation_steps=given.accumulate,
         use_ema=given.average,
@@ -187,13 +199,15 @@ def train(job):
     held_back = he.keras.data({name: array[SAMPLES:] for name, array in arrays.items()}, batch=40, **fields)
     rest = [keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)] if given.early else []
     rest += [keras.callbacks.ReduceLROnPlateau("loss", patience=1)] if given.early else []
-    elastic = he.keras.Elasticity(job, keep=rest)
+    elastic = he.keras.Elasticity(job, keep=rest, rule=given.rule)
+    others = [Fatal(job, given.kill)] if given.kill else []
+    others += [he.keras.OnLeader(job, Log())] if given.log else []
     history = model.fit(
         he.keras.data(seen, batch=given.batch, **fields),
         epochs=given.epochs,
         verbose=given.verbose,
         validation_data=held_back if given.validate else None,
-        callbacks=[elastic, *rest, *([Fatal(job, given.kill)] if given.kill else [])],
+        callbacks=[elastic, *rest, *others],
     )
     found = {}
     if given.predict:
