@@ -107,4 +107,6 @@ def tensorboard(
 
     with errors():
         directory = RunDirectory(run)
-        typer.echo(write(directory, folder or directory.tensorboard, follow=not once))
+        folder = folder or directory.tensorboard
+        typer.echo(f"for: tensorboard --logdir {folder}", err=True)
+        typer.echo(write(directory, folder, follow=not once))

@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, action="append")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--data", choices=DATA, default="fashion")
-    parser.add_argument("--pause", type=float, default=0.025, help="seconds in each step, in place of a larger model")
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds in each step, in place of a larger model")
     parser.add_argument("--results", type=Path, help="folder of results: earlier ones in it count as well")
     settings = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    folder = Path(tempfile.mkdtemp(prefix="peers-"))
     results = settings.results or folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     wanted = [SYSTEMS[name] for name in settings.system or SYSTEMS]
@@ -74,7 +74,10 @@ def main() -> None:
         if found:
             show(records(system, found), as_json=settings.json)
         else:
-            print(f"{system.name}: can't run: {missing.get(system.name, 'no results')}", flush=True)
+            why = missing.get(system.name, "no results")
+            print(
+                json.dumps({"system": system.name, "missing": why}) if settings.json else f"{system.name}: {why}", flush=True
+            )
     shutil.rmtree(folder / "data")
     if not any(path.is_dir() for path in folder.iterdir() if path != results):
         shutil.rmtree(folder)

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.work import Stamps
 
-BATCH, RATE, HIDDEN = 128, 0.005, 8  # over all workers; of Adam; neurons
+BATCH, RATE, HIDDEN = 256, 0.005, 8  # over all workers; of Adam; neurons
 EVERY = 10  # steps between commits of Horovod's, or snapshots for torchrun
 SEED = 1
 

@@ -48,8 +48,13 @@ def test_rows_of_runs_that_broke_off():
     found = records(SYSTEMS["torchrun"], [good, bad])
     values = {row.metric: row.value for row in found}
     assert values == {
-        **{"standstill_s": 0.5, "until_s": 2.0, "repeated": 1.0, "lost": 2.0, "in_vain": 3.0},
-        **{"accuracy": 0.9, "ended_well": 0.5},
+        "standstill_s": 0.5,
+        "until_s": 2.0,
+        "repeated": 1.0,
+        "lost": 2.0,
+        "in_vain": 3.0,
+        "accuracy": 0.9,
+        "ended_well": 0.5,
     }
     assert found[-1].context["troubles"] == ["added: not within 90 s"]
 
