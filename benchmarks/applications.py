@@ -84,7 +84,7 @@ def best(text: str, name: str) -> float:
 def measure(case: Case, data: Path, folder: Path, picture: Path | None) -> list[Record]:
     """Run a case both ways, and its baseline."""
     command = ["-m", case.module, *case.options, "--folder", str(data)]
-    run = folder / f"run-{len(list(folder.iterdir()))}"
+    run = folder / f"{case.job}-{len(list(folder.iterdir()))}"
     static = output([sys.executable, *command])
     elastic = output([*PROGRAM, "run", "--run-dir", str(run), "--slots", "4", "--timetable", case.timetable, *command])
     if value(static, "sha256") != value(elastic, "sha256"):

@@ -90,7 +90,7 @@ def everything(folder: Path) -> dict[str, NDArray[np.generic]]:
         return dict(shards.gather(np.arange(len(shards))))
 
 
-def run(job: he.Job) -> None:
+def train(job: he.Job) -> None:
     """Train, then recommend films to all viewers, and see whether they liked them."""
     settings = parse()
     folder = settings.folder / "recommend"
@@ -128,4 +128,4 @@ def report(scores: NDArray[np.float32], test: dict[str, NDArray[np.uint8]], titl
 if __name__ == "__main__":
     given = parse()
     prepare(given.folder / "recommend")
-    he.run(run)
+    he.run(train)

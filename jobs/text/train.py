@@ -55,7 +55,7 @@ def build(words: int, width: int, classes: int) -> keras.Model:
     return keras.Model(tokens, keras.layers.Dense(classes)(Attention()(vectors, tokens)))
 
 
-def run(job: he.Job) -> None:
+def train(job: he.Job) -> None:
     """Train, then classify held-back reviews."""
     settings = parse()
     folder = settings.folder / f"text-{settings.task}"
@@ -70,8 +70,8 @@ def run(job: he.Job) -> None:
     names = ("accuracy", "val_accuracy", "val_loss")  # for the picture, which has the loss of every step anyway
     log = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: job.log(**{name: logs[name] for name in names}))
     with he.open_shards(folder / "train") as shards, he.open_shards(folder / "test") as held_back:
-        train, test = he.keras.data(shards, settings.batch), he.keras.data(held_back, 1024)
-        model.fit(train, epochs=settings.epochs, validation_data=test, callbacks=[elastic, log], verbose=2)
+        reviews, test = he.keras.data(shards, settings.batch), he.keras.data(held_back, 1024)
+        model.fit(reviews, epochs=settings.epochs, validation_data=test, callbacks=[elastic, log], verbose=2)
         scores = model.predict(test, callbacks=[elastic], verbose=0)  # by all ranks, each review once
         samples = held_back.gather(np.arange(len(held_back)))
 
@@ -96,4 +96,4 @@ def report(
 if __name__ == "__main__":
     given = parse()
     prepare(given.task, given.folder / f"text-{given.task}")
-    he.run(run)
+    he.run(train)
