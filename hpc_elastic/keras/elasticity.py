@@ -77,18 +77,21 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         """Trace the step, and join: the others train on until this rank is here."""
         super().on_train_begin(logs)
         model, data = self.model, latest()
-        if data is None or len(data) != self.params["steps"]:
+        if data is None:
             raise ConfigError("fit(callbacks=[he.keras.Elasticity(job)]) needs its samples from he.keras.data(…)")
+        if len(data) != self.params["steps"]:
+            raise ConfigError("fit(steps_per_epoch=…) is not for elastic jobs: an epoch has each sample of the data once")
         if self._exact:
             settings.check()
         data.seed = self._job.session.config.seed if data.seed is None else data.seed
         self._data = data
-        if self._traced is None or self._traced.model is not model or self._traced.optimizer is not model.optimizer:
-            self._traced = Traced(model, data, self._job.session.config.microbatches, self._rule)
+        traced = self._traced
+        if traced is None or (traced.model, traced.optimizer, traced.data) != (model, model.optimizer, data):
+            traced = self._traced = Traced(model, data, self._job.session.config.microbatches, self._rule)
         if self._state is None:
             self._state = _FitState()
             self._job.register(**{self._name(): self._state})
-        self._state.begin(model, [*self._keep, model.history], self._traced.adascale)
+        self._state.begin(model, [*self._keep, model.history], traced.adascale)
         epochs, batch = self.params["epochs"], rules.batch_of(self._rule, data.batch)
         self._steps = self._job.steps(
             data.samples, epochs, batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode

@@ -120,7 +120,10 @@ class Traced:
                 values, sums = step.reduce()
                 self._whole = True
                 step.metrics |= self._loss_in(sums)
-                return [True, *values, *sums, np.float32(self._factor(step, values))]
+                # Into the graph's own memory: what ranks share must not be where TensorFlow may compute in place.
+                for array, total in zip(arrays, (*values, *sums), strict=True):
+                    np.copyto(array, total)
+                return [True, *arrays, np.float32(self._factor(step, values))]
         except BaseException as error:  # noqa: BLE001  (raised once the graph has ended)
             self._failure = error
         return [False, *(np.empty(0, array.dtype) for array in arrays), np.float32(1)]

@@ -321,6 +321,26 @@ def test_floats_are_weighted_and_integers_are_not():
         assert FakeWorld(size).run(body) == [([6.0], [16], {"loss": 6.0})] * size
 
 
+@pytest.mark.parametrize("wire", [None, "bfloat16"])
+def test_sums_are_not_weighted_nor_rounded(wire):
+    def body(ranks):
+        total = reduce.Sum(2, lambda: ranks, wire=wire)
+        for leaf in range(*total.interval):
+            total.add(leaf, [np.float32([8])], {"loss": 8.0}, [0.25, 0.5][leaf], {"n": np.float32([1001 + leaf])})
+        (values, sums), metrics = total.reduce(set())
+        return values[0].tolist(), sums["n"].tolist(), metrics
+
+    for size in (1, 2):
+        assert FakeWorld(size).run(body) == [([6.0], [2003.0], {"loss": 6.0})] * size
+
+
+def test_sums_have_to_stay_sums():
+    total = reduce.Sum(2, lambda: FakeRanks(FakeWorld(1), 0))
+    total.add(0, [np.zeros(1)], {}, 0.5, [np.zeros(1)])
+    with pytest.raises(StepError, match="must stay the same"):
+        total.add(1, ([np.zeros(1)], [np.zeros(1)]), {}, 0.5)
+
+
 def test_what_was_added_is_neither_kept_nor_changed():
     def body(ranks):
         total = reduce.Sum(4, lambda: ranks)
