@@ -90,7 +90,7 @@ def report(
         print(f"{names[actual[some]]:<10} taken for {names[predicted[some]]:<10} {text[:80]}")
     print(f"accuracy   {np.mean(predicted == actual):.4f} on {len(actual)} reviews held back")
     recalls = [np.mean(predicted[actual == label] == label) for label in np.unique(actual)]
-    print(f"balanced   {np.mean(recalls):.4f}, the mean over the classes")
+    print(f"balanced   {np.mean(recalls):.4f} over the classes")
 
 
 if __name__ == "__main__":
