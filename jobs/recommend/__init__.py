@@ -1,0 +1,1 @@
+"""Recommendation: which films somebody will like next."""

@@ -1,0 +1,1 @@
+"""Text classification: does the customer recommend it, or what it is."""
