@@ -23,13 +23,13 @@ mpi4py.rc.finalize = False
 from .comm.door import Door  # noqa: E402
 from .comm.messages import Options, options_file  # noqa: E402
 from .comm.waiting import Watch  # noqa: E402
-from .config import DOOR_VARIABLE  # noqa: E402
+from .config import DOOR_VARIABLE, START_VARIABLE  # noqa: E402
 from .errors import Retired  # noqa: E402
 from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
 from .runtime.failing import turn_back  # noqa: E402
 from .runtime.launch import be_newcomer, has_run  # noqa: E402
-from .runtime.session import Script, Session, unpacked  # noqa: E402
+from .runtime.session import Script, Session, age_s, unpacked  # noqa: E402
 
 
 def main() -> None:
@@ -42,7 +42,8 @@ def main() -> None:
     assert options is not None
     member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
-    session = Session(unpacked(options.settings), run, script, options.started)
+    how, start_s = os.environ.pop(START_VARIABLE, "cold"), age_s()
+    session = Session(unpacked(options.settings), run, script, options.started, how=how, start_s=start_s)
     gifts = int(os.environ.pop(DOOR_VARIABLE))
     door = Door(run, number, Watch(session.check), gifts, leader=(options.leader,), launcher=options.launcher)
     be_newcomer(door, session, member)

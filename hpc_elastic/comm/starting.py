@@ -18,6 +18,7 @@ from ..rundir import RunDirectory
 from .messages import Options, options_file
 
 PACKAGE = Path(__file__).parent.parent
+HERE = os.uname().nodename
 LEADER_VARIABLE = "_HPC_ELASTIC_LEADER"  # for a guard whose leader is on another host: the leader's number
 # What a launcher sets for the rank that starts a newcomer, and that is not the newcomer's.
 LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDI_", "MPI_LOCAL")
