@@ -19,7 +19,7 @@ SUPERVISED_VARIABLE = PREFIX + "SUPERVISED"
 DOOR_VARIABLE = PREFIX + "DOOR"  # in newcomers: where their guard hands the launcher's gifts over
 STDERR_VARIABLE = "_" + PREFIX + "STDERR"  # in guarded ranks: descriptor of the stderr that their guard has
 GUARD_VARIABLE = "_" + PREFIX + "GUARD"  # in newcomers that a warm parent has forked: pid of their guard
-START_VARIABLE = "_" + PREFIX + "START"  # in newcomers: how they were started, "warm" or "cold" with the reason
+START_VARIABLE = "_" + PREFIX + "START"  # in newcomers: when their guard began, and how they were started
 FAULT_VARIABLE = PREFIX + "FAULT"  # for tests: see `hpc_elastic.faults`
 NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, DOOR_VARIABLE, FAULT_VARIABLE}
 

@@ -15,8 +15,8 @@ it what the launcher gave: variables, and the descriptor of the PMI session. A r
 is there, and a newcomer when the leader that started it is gone and it does not become a member: nobody else will call it.
 The leader is the guard's parent, or on another host, where its number is in the environment.
 
-If this host has a warm parent (`hpc_elastic.warm`), a newcomer's guard asks that to fork the newcomer, instead of starting it
-itself. Only the parent gets to know how it has ended, so it is asked for that as well.
+If this host has a warm parent (`hpc_elastic.warm`), a newcomer's guard asks that to fork the newcomer, instead of starting
+it itself. Only the parent gets to know how it has ended, so it is asked for that as well.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
-START = "_HPC_ELASTIC_START"  # tells a newcomer how it was started, and why not by a fork
+START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
 ASK_S = 1.0  # how long the warm parent may take
-SOCKET_CREDENTIALS = 17  # SO_PEERCRED in socket(7): pid, user, group
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
@@ -61,6 +60,7 @@ class Guard:
 
     def __init__(self, run: str, member: str, path: str = "") -> None:
         self.run, self.member, self.path = run, member, path
+        self.began = time.time()
         self.session = -1 if path else int(os.environ.get("PMI_FD", "-1"))
         self.listener: _socket.socket | None = None  # where handover.py comes
         self.caller: _socket.socket | None = None  # handover.py
@@ -110,6 +110,7 @@ class Guard:
     def adopt(self, command: list[str], given: list[int]) -> bool:
         """Have the warm parent of this host fork the newcomer; False, with the reason in its environment, if it does not."""
         place, host = os.path.join(self.run, "warm"), os.uname().nodename
+        os.environ[START] = str(self.began)
         why, parent = "", _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         parent.settimeout(ASK_S)
         try:
@@ -118,12 +119,9 @@ class Guard:
                 parent.connect(f"/proc/self/fd/{folder}/{host}.sock")
             finally:
                 os.close(folder)
-            _, user, _ = numbers(parent.getsockopt(_socket.SOL_SOCKET, SOCKET_CREDENTIALS, 12))
-            if user != os.geteuid():
-                raise OSError(f"it is of user {user}")
             rights = b"".join(number.to_bytes(4, sys.byteorder) for number in (1, *given))
             parent.sendmsg([request(command)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-            answer, ancillary, _, _ = parent.recvmsg(PIPE, 64)
+            answer, ancillary, _, _ = parent.recvmsg(PIPE, 64)  # it serves its own user alone
             if answer[:1] == b"f" and ancillary:
                 self.pid, (self.rank,) = int(answer[1:]), numbers(ancillary[0][2])
                 parent.send(b"g")  # without it the newcomer ends, since somebody else may have been started for it
@@ -140,7 +138,7 @@ class Guard:
             why = str(problem)
         if self.parent is None:
             parent.close()
-            os.environ[START] = f"cold: {why}" if why else "cold"
+            os.environ[START] += f" cold: {why}" if why else " cold"
         return self.parent is not None
 
     def open_door(self) -> int:
@@ -337,10 +335,11 @@ class Guard:
             words = self.parent.recv(PIPE).split()
         except OSError:
             words = []
-        if len(words) == 2:
-            return int(words[0]), int(words[1])
-        self.words += b"\nit is not known how it ended: its warm parent is gone"
-        return UNKNOWN, 0
+        if not words:
+            self.words += b"\nit is not known how it ended: its warm parent is gone"
+            return UNKNOWN, 0
+        ended, peak_kib = words
+        return int(ended), int(peak_kib)
 
     def settle(self, *, close: bool) -> None:
         """Put the PMI session in order, and if asked to close it, as the rank can't any more (PMI-1 wire protocol)."""

@@ -42,7 +42,7 @@ def be_born(newborn: Newborn) -> None:
     for name, descriptor in zip((STDERR_VARIABLE, DOOR_VARIABLE), others, strict=True):
         os.environ[name] = str(descriptor)
     os.environ[GUARD_VARIABLE] = str(newborn.guard)
-    os.environ[START_VARIABLE] = "warm"
+    os.environ[START_VARIABLE] += " warm"
     os.umask(asked.umask)
     os.chdir(asked.directory)
     for stream in (sys.stdout, sys.stderr):

@@ -159,5 +159,5 @@ def _newcomer_table(newcomers: list[dict[str, Any]]) -> Table:
     found = _columns("newcomer", "host", "how", *stages, title="newcomers' own stages in s")
     for newcomer in newcomers:
         seconds = [f"{newcomer['stages'][stage]:.2f}" if stage in newcomer["stages"] else "" for stage in stages]
-        found.add_row(str(newcomer["member"]), newcomer["host"], newcomer["how"].partition(":")[0], *seconds)
+        found.add_row(str(newcomer["member"]), newcomer["host"], newcomer["how"], *seconds)
     return found

@@ -3,13 +3,15 @@
     python -m hpc_elastic.warm RUN
 
 In the run directory, below ``warm``, it reads ``spec.json``; locks ``HOST.lock``, of which the kernel lets go when it ends;
-writes ``HOST.log``; and when it is ready listens at ``HOST.sock``. There a newcomer's guard asks it for a process, and sends
-the descriptors and variables that this is to have. It forks, and tells the guard in the end how the process has ended, which
-only a parent gets to know. Who is not served starts as ever.
+writes ``HOST.log``; and when it is ready listens at ``HOST.sock``. There a newcomer's guard asks it for a process, and
+sends the descriptors and variables that this is to have. It forks, and tells the guard in the end how the process has ended,
+which only a parent gets to know. Who is not served starts as ever.
 
-It does nothing but import: no MPI, no operation, no thread goes on in it, since a fork takes none along. It imports in a
-thread of low priority, so that the ranks are not slowed; the thread that forks has the usual one, which nobody can get back.
-It ends when the run is over, or gone, or when no rank has given a sign of life for `QUIET_S` seconds.
+Some children it forks ahead of time, each for one newcomer, which import what needs MPI and then wait.
+
+It does nothing but import itself: no MPI, no operation, no thread goes on in it, since a fork takes none along. It imports
+in a thread of low priority, so that the ranks are not slowed; the thread that forks has the usual one, which nobody can get
+back. It ends when the run is over, or gone, or when no rank has given a sign of life for `QUIET_S` seconds.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from types import ModuleType
 import msgspec
 
 from . import warmth
-from .newborn import Newborn, be_born
+from .newborn import WORKER, Newborn, be_born
 
 LOOK_S, QUIET_S = 0.25, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
 NICENESS = 10
 LARGEST = 1 << 18  # bytes of a request
+SETTLE_S = 1.0
+AHEAD, AHEAD_S = 2, 2.0  # processes that wait; how long after a request, or one another, they are forked
 STALE = 3  # exit code: another one is to be started
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
@@ -98,12 +102,17 @@ def threads() -> int:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    return len(os.listdir("/proc/self/task")) - 1
+    deadline = time.monotonic() + SETTLE_S
+    while left := len(list(Path("/proc/self/task").iterdir())) - 1:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)  # one that has ended is to be seen for a moment
+    return left
 
 
 @dataclass
 class Child:
-    """A newcomer that was forked: its number, a descriptor of it, and the line to its guard."""
+    """A process that was forked: its number, a descriptor of it, and the line to its guard, or to it while it waits."""
 
     pid: int
     descriptor: int
@@ -116,6 +125,8 @@ class WarmParent:
 
     run: Path
     children: list[Child] = field(default_factory=list)
+    waiting: list[Child] = field(default_factory=list)
+    next_ahead: float = 0.0
     beats: dict[str, int] = field(default_factory=dict)
     quiet_since: float = field(default_factory=time.monotonic)
     next_look: float = 0.0
@@ -157,6 +168,8 @@ class WarmParent:
             return False
         except OSError:  # a file system without locks
             pass
+        os.ftruncate(self.locked, 0)
+        os.write(self.locked, str(os.getpid()).encode())  # for people
         return True
 
     # --- getting ready ------------------------------------------------------------------------------------------------
@@ -198,15 +211,20 @@ class WarmParent:
     def serve(self) -> Newborn | None:
         """Serve until the run is over; in a process that was forked, return what that is to be."""
         while not self.stale or self.children:
-            watched = [child.descriptor for child in self.children]
-            listening = [] if self.stale else [self.listener]
+            watched = [child.descriptor for child in (*self.children, *self.waiting)]
+            listening = [] if self.stale else [self.listener.fileno()]
             ready, _, _ = select.select([*listening, *watched], [], [], LOOK_S)
-            if not self.stale and self.listener in ready:
+            if listening and listening[0] in ready:
                 newborn = self.answer()
                 if newborn is not None:
                     return newborn
-            for child in [child for child in self.children if child.descriptor in ready]:
+            for child in [child for child in (*self.children, *self.waiting) if child.descriptor in ready]:
                 self.bury(child)
+            if not self.stale and len(self.waiting) < AHEAD and time.monotonic() >= self.next_ahead:
+                self.next_ahead = time.monotonic() + AHEAD_S
+                newborn = self.fork_ahead()
+                if newborn is not None:
+                    return newborn
             if time.monotonic() >= self.next_look:
                 self.next_look = time.monotonic() + LOOK_S
                 if self.over() and not self.children:
@@ -223,7 +241,8 @@ class WarmParent:
             data, descriptors, _, _ = socket.recv_fds(line, LARGEST, 8)
             why = self.unfit(line, data)
             if not why:
-                return self.fork(line, warmth.unpacked(data), descriptors)
+                self.next_ahead = time.monotonic() + AHEAD_S
+                return self.fork(line, data, descriptors)
             line.send(b"n" + why.encode())
         except (OSError, ValueError) as problem:
             with contextlib.suppress(OSError):
@@ -247,9 +266,8 @@ class WarmParent:
             print(f"not served: {why}", flush=True)
         return why
 
-    def fork(self, line: socket.socket, asked: warmth.Asked, descriptors: list[int]) -> Newborn | None:
-        """Fork; in the new process, return what it is to be."""
-        peer, _, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    def forked(self) -> int:
+        """Fork; return the new process's number, or 0 in that, which has then nothing of what is the parent's alone."""
         sys.stdout.flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -257,33 +275,76 @@ class WarmParent:
         if pid == 0:
             self.listener.close()
             os.close(self.locked)
-            for child in self.children:
+            for child in (*self.children, *self.waiting):
                 os.close(child.descriptor)
                 child.line.close()
-            self.children.clear()
-            line.settimeout(GO_S)
+            self.children, self.waiting = [], []
+        return pid
+
+    def fork(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn | None:
+        """Give a guard a process that waits, or a new one; in that, return what it is to be."""
+        child = self.waiting.pop() if self.waiting else None
+        if child is not None:
             try:
-                go = line.recv(1)
-            except OSError:
-                go = b""
-            if not go:
-                os._exit(0)  # the guard waited no longer
-            line.close()
-            return Newborn(asked, descriptors, peer, self.dispositions)
+                socket.send_fds(child.line, [data], [line.fileno(), *descriptors])
+            except OSError:  # it has just ended
+                self.bury(child)
+                child = None
+            else:
+                child.line.close()
+                child.line = line
+        if child is None:
+            pid = self.forked()
+            if pid == 0:
+                return self.newborn(line, data, descriptors)
+            child = Child(pid, os.pidfd_open(pid), line)
         for descriptor in descriptors:
             os.close(descriptor)
-        child = Child(pid, os.pidfd_open(pid), line)
         self.children.append(child)
         with contextlib.suppress(OSError):  # the guard is gone, and so will be the child
-            socket.send_fds(line, [b"f" + str(pid).encode()], [child.descriptor])
+            socket.send_fds(line, [b"f" + str(child.pid).encode()], [child.descriptor])
         return None
 
+    def fork_ahead(self) -> Newborn | None:
+        """Fork a process that gets ready and waits; in that, return what it is to be when it is wanted."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = self.forked()
+        if pid:
+            theirs.close()
+            self.waiting.append(Child(pid, os.pidfd_open(pid), mine))
+            return None
+        mine.close()
+        for name in (WORKER, *(name for name in self.spec.modules if name.startswith(f"{__package__}."))):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
+        if not data:
+            os._exit(0)  # the parent has ended
+        theirs.close()
+        return self.newborn(socket.socket(fileno=descriptors[0]), data, descriptors[1:])
+
+    def newborn(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn:
+        """Return what this process is to be, once its guard has said that it is still wanted."""
+        peer, _, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        line.settimeout(GO_S)
+        try:
+            go = line.recv(1)
+        except OSError:
+            go = b""
+        if not go:
+            os._exit(0)  # the guard has waited no longer
+        line.close()
+        return Newborn(warmth.unpacked(data), descriptors, peer, self.dispositions)
+
     def bury(self, child: Child) -> None:
-        """Tell the guard of a newcomer how that has ended."""
-        self.children.remove(child)
+        """Tell the guard of a newcomer how that has ended; one that waited has none."""
         _, status, usage = os.wait4(child.pid, 0)
-        with contextlib.suppress(OSError):
-            child.line.send(f"{status} {usage.ru_maxrss}".encode())
+        if child in self.children:
+            self.children.remove(child)
+            with contextlib.suppress(OSError):
+                child.line.send(f"{status} {usage.ru_maxrss}".encode())
+        elif child in self.waiting:
+            self.waiting.remove(child)
         child.line.close()
         os.close(child.descriptor)
 

@@ -1,4 +1,4 @@
-"""What a warm parent imports beforehand, and for which newcomers that is right: pure functions over names, files and variables."""
+"""What a warm parent imports, and for which newcomers that is right: functions of names, files' stamps and variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Stamp = tuple[int, int, int]  # inode, size in bytes, time of change in ns
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a warm parent is started with: the names of `modules`, the `path` to find them, the `command`, its environment."""
+    """What a warm parent is started with: names of `modules`, the `path` to find them, its `command` and environment."""
 
     modules: list[str]
     path: list[str]
@@ -92,7 +92,7 @@ def preloadable(modules: Mapping[str, ModuleType], folders: Sequence[Path]) -> l
         held = _held(module)
         spec = held.get("__spec__")
         origin = getattr(spec, "origin", None)
-        if spec is None or spec.name != name or not isinstance(origin, str) or not origin.startswith(prefixes):
+        if getattr(spec, "name", None) != name or not isinstance(origin, str) or not origin.startswith(prefixes):
             continue
         if name in ("__main__", MPI) or (mpi is not None and any(value is mpi for value in held.values())):
             continue

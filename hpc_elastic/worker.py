@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
 from .runtime.failing import turn_back  # noqa: E402
 from .runtime.launch import be_newcomer, has_run  # noqa: E402
-from .runtime.session import Script, Session, age_s, unpacked  # noqa: E402
+from .runtime.session import Script, Session, unpacked  # noqa: E402
 
 
 def main() -> None:
@@ -42,8 +43,8 @@ def main() -> None:
     assert options is not None
     member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
-    how, start_s = os.environ.pop(START_VARIABLE, "cold"), age_s()
-    session = Session(unpacked(options.settings), run, script, options.started, how=how, start_s=start_s)
+    began, how = os.environ.pop(START_VARIABLE).split(" ", 1)
+    session = Session(unpacked(options.settings), run, script, options.started, how=how, start_s=time.time() - float(began))
     gifts = int(os.environ.pop(DOOR_VARIABLE))
     door = Door(run, number, Watch(session.check), gifts, leader=(options.leader,), launcher=options.launcher)
     be_newcomer(door, session, member)

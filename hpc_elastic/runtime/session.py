@@ -56,8 +56,8 @@ class Script:
 class Session:
     """One process's part of a run.
 
-    `began` is when it began to warm up, by its clock; `checkpoint` what the run begins with; `how` a newcomer was started, and
-    `start_s` how long that took until it began.
+    `began` is when it began to warm up, by its clock; `checkpoint` what the run begins with; `how` a newcomer was started,
+    and `start_s` how long that took until it began.
     """
 
     config: Config
@@ -108,12 +108,6 @@ def peak_bytes() -> int:
     with Path("/proc/self/status").open(encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-def age_s() -> float:
-    """Return for how long this process has been there, within 10 ms (``starttime`` in proc(5))."""
-    started = int(Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19])
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
 
 
 def seed_config(given: dict[str, Any]) -> Config:

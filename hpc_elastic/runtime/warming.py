@@ -1,4 +1,4 @@
-"""The leader's care for the warm parents: what they import, and that its own host has one. Companions' agents see to theirs."""
+"""The leader's care for warm parents: what they import, and that its own host has one; agents see to those of companions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from .. import warmth
-from ..comm.starting import HERE, without_session
-from ..config import RUN_VARIABLE, STDERR_VARIABLE
+from ..comm.starting import HERE, portable, without_session
+from ..config import RUN_VARIABLE
 
 if TYPE_CHECKING:
     from .leader import Leader
@@ -79,8 +79,7 @@ class Warming:
     def _start(self) -> None:
         run, session = self._leader.session.run, self._leader.session
         assert self._modules is not None
-        environ = {key: value for key, value in without_session().items() if key != STDERR_VARIABLE}
-        environ[RUN_VARIABLE] = str(run.path)  # by which it is known as a process of this run
+        environ = portable(without_session()) | {RUN_VARIABLE: str(run.path)}  # by which it is known to belong to the run
         command = [sys.executable, "-m", "hpc_elastic.warm", str(run.path)]
         spec = warmth.Spec(modules=self._modules, path=session.script.path, command=command, environ=environ)
         run.put(run.path / "warm" / "spec.json", spec)
