@@ -46,7 +46,7 @@ ANSWER_S, GO_S = 0.5, 5.0
 NICENESS = 10
 LARGEST = 1 << 18  # bytes of a request
 SETTLE_S = 1.0
-AHEAD, AHEAD_S = 2, 2.0  # processes that wait; how long after a request, or one another, they are forked
+AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
 STALE = 3  # exit code: another one is to be started
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
@@ -221,7 +221,6 @@ class WarmParent:
             for child in [child for child in (*self.children, *self.waiting) if child.descriptor in ready]:
                 self.bury(child)
             if not self.stale and len(self.waiting) < AHEAD and time.monotonic() >= self.next_ahead:
-                self.next_ahead = time.monotonic() + AHEAD_S
                 newborn = self.fork_ahead()
                 if newborn is not None:
                     return newborn
