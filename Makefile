@@ -68,6 +68,7 @@ test-mpi: setup  ## the tests that run under mpiexec, on 1, 2 and 3 ranks
 
 bench: setup  ## all benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks.resize --json
+	$(BIN)/python -m benchmarks.warm --json
 	$(BIN)/python -m benchmarks.losses --json
 	$(BIN)/python -m benchmarks.checkpoints --json
 	$(BIN)/python -m benchmarks.checkpoints --machinery --json

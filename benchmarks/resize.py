@@ -114,7 +114,7 @@ def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
         found.append(record("standstill_ms", total_ms, "ms", context, GOALS_MS.get(name)))
         if grows:
             wait = [change.wait_s + change.standstill_s for change in these]
-            found.append(record("newcomer_s", wait, "s", {"job": kind, "change": name, "mpi": mpi, "warm": False}))
+            found.append(record("newcomer_s", wait, "s", {"job": kind, "change": name, "mpi": mpi}))
     return found
 
 

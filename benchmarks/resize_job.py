@@ -1,6 +1,6 @@
-"""The job that `benchmarks.resize` measures: small steps, 25 MB of state, and a stamp before and after every turn.
+"""The job of `benchmarks.resize` and `benchmarks.warm`: small steps, 25 MB of state, and a stamp before and after every turn.
 
-Usage: python resize_job.py numpy|tensorflow STAMPS TURNS
+Usage: python resize_job.py numpy|tensorflow|cnn STAMPS TURNS
 """
 
 from __future__ import annotations

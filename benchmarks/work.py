@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class Images:
 
 
 def gradients_of(kind: str, width: int = 8) -> Gradients:
-    """Return a function that computes a gradient, of ``numpy`` or ``tensorflow``, for `width` neurons."""
-    return tensorflow_gradients(width) if kind == "tensorflow" else numpy_gradients(width)
+    """Return a function that computes a gradient, of ``numpy``, ``tensorflow`` or a ``cnn``, for `width` neurons."""
+    return numpy_gradients(width) if kind == "numpy" else tensorflow_gradients(width, convolutions=kind == "cnn")
 
 
 def numpy_gradients(width: int) -> Gradients:
@@ -52,8 +52,8 @@ def numpy_gradients(width: int) -> Gradients:
     return gradients
 
 
-def tensorflow_gradients(width: int) -> Gradients:
-    """Return a function that computes a gradient with a gradient tape."""
+def tensorflow_gradients(width: int, *, convolutions: bool = False) -> Gradients:
+    """Return a function that computes a gradient with a gradient tape, of a dense network or one with convolutions."""
     import hpc_elastic as he
 
     he.keras.same_bits()
@@ -62,6 +62,7 @@ def tensorflow_gradients(width: int) -> Gradients:
 
     layers = [
         keras.Input((SIDE, SIDE)),
+        *(convolutional(keras.layers) if convolutions else []),
         keras.layers.Flatten(),
         keras.layers.Dense(width, activation="relu"),
         keras.layers.Dense(2),
@@ -77,6 +78,15 @@ def tensorflow_gradients(width: int) -> Gradients:
 
     traced(np.zeros((1, SIDE, SIDE), np.uint8), np.zeros(1, np.int64))
     return lambda micro: traced(micro["image"], micro["label"])
+
+
+def convolutional(layers: Any) -> list[Any]:
+    """Return two convolutions, with what goes with them."""
+    return [
+        layers.Reshape((SIDE, SIDE, 1)),
+        *(layers.Conv2D(8, 3, activation="relu"), layers.BatchNormalization(), layers.MaxPooling2D()),
+        *(layers.Conv2D(16, 3, activation="relu"), layers.MaxPooling2D(), layers.Dropout(0.25)),
+    ]
 
 
 class Stamps:

@@ -10,6 +10,7 @@ its script, or by the agent's own word to Slurm. In the run directory, below ``c
 
 - writes ``N.held.json``: where it is, and what it may use; then touches ``N.beat`` four times a second, as its sign of life;
 - runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer;
+- sees to it that this host has a warm parent (`hpc_elastic.warm`), if the leader has written what that imports;
 - makes ``N.term`` when Slurm sends SIGTERM, as it does to steps, and not to batch scripts, before it takes the node away;
 - ends, once no guard is left, when ``N.release`` is there, or the job has ended; and in any case when no rank of the job has
   given a sign of life for ``QUIET_S`` seconds, or the run directory is gone. ``N.end`` says why.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import subprocess
 
 POLL_S, LOOK_S = 0.005, 0.25
+WARM_TRIES, WARM_BACK_OFF_S = 5, 5.0  # to start a warm parent; until the next one, doubling
 GRACE_S = 5.0  # for guards to end their ranks
 LONGEST_PAUSE_S = 8.0  # between tries to have Slurm end the companion
 GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
@@ -44,6 +46,8 @@ class Agent:
         self.sentinel: subprocess.Popen[bytes] | None = None
         self.seen: dict[str, float] = {}
         self.quiet_since = time.monotonic()
+        self.warm: subprocess.Popen[bytes] | None = None
+        self.warm_tries, self.warm_next, self.warm_back_off_s = WARM_TRIES, 0.0, WARM_BACK_OFF_S
 
     def file(self, kind: str) -> str:
         """Return the path of what this agent says, or is told."""
@@ -159,7 +163,35 @@ class Agent:
                 return "the run directory is gone"
         if self.quiet():
             return f"no rank has given a sign of life for {self.quiet_s:g} s"
-        return "" if self.guards else self.over()
+        over = "" if self.guards else self.over()
+        if not over:
+            self.keep_warm()
+        return over
+
+    def keep_warm(self) -> None:
+        """Start this host's warm parent, if the job has some and it is not there; it ends by itself, or with the agent."""
+        if (self.warm is not None and self.warm.poll() is None) or not self.warm_tries or time.monotonic() < self.warm_next:
+            return
+        import json
+        import subprocess
+
+        folder = os.path.join(self.run, "warm")
+        try:
+            with open(os.path.join(folder, "spec.json"), "rb") as file:
+                spec = json.load(file)
+            log = os.open(os.path.join(folder, f"{os.uname().nodename}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except (OSError, ValueError):
+            return
+        self.warm_tries, self.warm_next = self.warm_tries - 1, time.monotonic() + self.warm_back_off_s
+        self.warm_back_off_s *= 2
+        try:
+            self.warm = subprocess.Popen(
+                spec["command"], env=spec["environ"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        except (OSError, KeyError) as problem:
+            print(f"hpc_elastic: no warm parent: {problem}", flush=True)
+        finally:
+            os.close(log)
 
     def over(self) -> str:
         """Return why the job needs nobody any more, or nothing."""
@@ -193,7 +225,7 @@ class Agent:
         """End all that was started here, and say why."""
         import subprocess
 
-        for guard in self.guards.values():
+        for guard in (*self.guards.values(), *([self.warm] if self.warm is not None else [])):
             guard.terminate()
         deadline = time.monotonic() + GRACE_S
         for guard in self.guards.values():

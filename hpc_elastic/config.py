@@ -18,6 +18,8 @@ RUN_VARIABLE = PREFIX + "RUN"
 SUPERVISED_VARIABLE = PREFIX + "SUPERVISED"
 DOOR_VARIABLE = PREFIX + "DOOR"  # in newcomers: where their guard hands the launcher's gifts over
 STDERR_VARIABLE = "_" + PREFIX + "STDERR"  # in guarded ranks: descriptor of the stderr that their guard has
+GUARD_VARIABLE = "_" + PREFIX + "GUARD"  # in newcomers that a warm parent has forked: pid of their guard
+START_VARIABLE = "_" + PREFIX + "START"  # in newcomers: when their guard began, and how they were started
 FAULT_VARIABLE = PREFIX + "FAULT"  # for tests: see `hpc_elastic.faults`
 NOT_SETTINGS = {FILE_VARIABLE, RUN_VARIABLE, SUPERVISED_VARIABLE, DOOR_VARIABLE, FAULT_VARIABLE}
 
@@ -93,6 +95,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Folder for the checkpoints; empty keeps them in the run directory.
     time_limit_s : float
         Seconds after which the job writes a checkpoint and ends; 0 for no limit.
+    warm : {"auto", "on", "off"}
+        Whether each node has a warm parent, which has imported what the job imports, and forks newcomers in milliseconds.
+        ``auto``: if the job imports as much as TensorFlow or PyTorch.
     run_dir : str
         Run directory; empty makes one below ``runs/``.
     progress : str
@@ -129,6 +134,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     checkpoints_kept: int = 3
     checkpoint_dir: str = ""
     time_limit_s: float = 0.0
+    warm: Literal["auto", "on", "off"] = "auto"
     run_dir: str = ""
     progress: Literal["auto", "plain", "off"] = "auto"
 

@@ -60,10 +60,14 @@ class Notice(Event, frozen=True, kw_only=True):
 
 
 class Ready(Event, frozen=True, kw_only=True):
-    """A newcomer is warm and waits to be merged; ``stages`` are its own seconds by stage."""
+    """A newcomer is warm and waits to be merged; ``stages`` are its own seconds by stage.
+
+    ``how`` it came: "warm", forked by a warm parent; "cold", with the reason if a warm parent was there; or "parked".
+    """
 
     member: int
     host: str
+    how: str = ""
     stages: dict[str, float]
 
 

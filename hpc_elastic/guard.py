@@ -14,6 +14,9 @@ A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts 
 it what the launcher gave: variables, and the descriptor of the PMI session. A rank is killed when ``RUN/condemned/MEMBER``
 is there, and a newcomer when the leader that started it is gone and it does not become a member: nobody else will call it.
 The leader is the guard's parent, or on another host, where its number is in the environment.
+
+If this host has a warm parent (`hpc_elastic.warm`), a newcomer's guard asks that to fork the newcomer, instead of starting
+it itself. Only the parent gets to know how it has ended, so it is asked for that as well.
 """
 
 from __future__ import annotations
@@ -27,12 +30,29 @@ import time
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
+START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
+ASK_S = 1.0  # how long the warm parent may take
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
 PIPE = 1 << 16  # bytes that a pipe holds
 LAST_WORDS = 4096  # bytes
+UNKNOWN = 1 << 8  # the status of exit code 1
 LEAVE, STAND_IN = b"\0", b"\1"  # what handover.py is told, before the exit code
+
+
+def numbers(data: bytes) -> list[int]:
+    """Return the integers in what the kernel says of a socket."""
+    return [int.from_bytes(data[at : at + 4], sys.byteorder) for at in range(0, len(data), 4)]
+
+
+def request(command: list[str]) -> bytes:
+    """Return what is asked of a warm parent: to be what `command`, a newcomer's, would be here; see `warmth.unpacked`."""
+    mask = os.umask(0)
+    os.umask(mask)
+    package, arguments = os.path.dirname(os.path.abspath(__file__)), command[3:]
+    fields = [command[0], package, os.getcwd(), str(mask), str(len(arguments)), *arguments]
+    return b"\0".join([os.fsencode(each) for each in (*fields, *(f"{k}={v}" for k, v in os.environ.items()))])
 
 
 class Guard:
@@ -40,6 +60,7 @@ class Guard:
 
     def __init__(self, run: str, member: str, path: str = "") -> None:
         self.run, self.member, self.path = run, member, path
+        self.began = time.time()
         self.session = -1 if path else int(os.environ.get("PMI_FD", "-1"))
         self.listener: _socket.socket | None = None  # where handover.py comes
         self.caller: _socket.socket | None = None  # handover.py
@@ -48,6 +69,7 @@ class Guard:
         self.leader = -1  # pidfd of who started this newcomer, while it is there
         self.far_leader = ""  # number of who had this newcomer started from another host
         self.alone_since = float("inf")
+        self.parent: _socket.socket | None = None  # the warm parent that has forked the newcomer
         self.unsaid = self.words = b""  # what is to be written to stderr, and the last of what was
         self.kill_at = float("inf") if run else time.monotonic() + STAND_IN_S
 
@@ -61,6 +83,17 @@ class Guard:
             given.append(self.open_door())
             os.environ[DOOR] = str(given[2])
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal that comes now waits for the handlers
+        if not self.path or not self.adopt(command, given):
+            self.fork(command, given)
+        for number in FORWARDED:
+            signal.signal(number, self.pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        for descriptor in given:
+            os.close(descriptor)
+
+    def fork(self, command: list[str], given: list[int]) -> None:
+        """Start the rank as a child."""
+        theirs = given[0]
         self.pid = os.fork()
         if self.pid == 0:
             os.dup2(theirs, 2)
@@ -73,11 +106,40 @@ class Guard:
                 os.write(2, f"hpc_elastic guard: {command[0]}: {problem.strerror}\n".encode())
                 os._exit(127)
         self.rank = os.pidfd_open(self.pid)
-        for number in FORWARDED:
-            signal.signal(number, self.pass_on)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        for descriptor in given:
-            os.close(descriptor)
+
+    def adopt(self, command: list[str], given: list[int]) -> bool:
+        """Have the warm parent of this host fork the newcomer; False, with the reason in its environment, if it does not."""
+        place, host = os.path.join(self.run, "warm"), os.uname().nodename
+        os.environ[START] = str(self.began)
+        why, parent = "", _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        parent.settimeout(ASK_S)
+        try:
+            folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                parent.connect(f"/proc/self/fd/{folder}/{host}.sock")
+            finally:
+                os.close(folder)
+            rights = b"".join(number.to_bytes(4, sys.byteorder) for number in (1, *given))
+            parent.sendmsg([request(command)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+            answer, ancillary, _, _ = parent.recvmsg(PIPE, 64)  # it serves its own user alone
+            if answer[:1] == b"f" and ancillary:
+                self.pid, (self.rank,) = int(answer[1:]), numbers(ancillary[0][2])
+                parent.send(b"g")  # without it the newcomer ends, since somebody else may have been started for it
+                parent.settimeout(ANSWER_S)
+                self.parent = parent
+            else:
+                why = answer[1:].decode(errors="replace") or "it has ended"
+        except (FileNotFoundError, ConnectionRefusedError):
+            # One that is importing has its lock, and does not listen yet.
+            why = "it was not ready" if os.path.exists(os.path.join(place, f"{host}.lock")) else ""
+        except TimeoutError:
+            why = f"it did not answer within {ASK_S:g} s"
+        except OSError as problem:
+            why = str(problem)
+        if self.parent is None:
+            parent.close()
+            os.environ[START] += f" cold: {why}" if why else " cold"
+        return self.parent is not None
 
     def open_door(self) -> int:
         """Listen for handover.py, watch the leader, and return the newcomer's end of its door."""
@@ -221,8 +283,7 @@ class Guard:
             data = b""
         if data:
             self.caller = caller
-            descriptors = ancillary[0][2] if ancillary else b""
-            given = [int.from_bytes(descriptors[at : at + 4], sys.byteorder) for at in range(0, len(descriptors), 4)]
+            given = numbers(ancillary[0][2]) if ancillary else []
             stdout, stderr, self.session = (*given, -1)[:3]
             self.close_door()
             try:
@@ -240,11 +301,11 @@ class Guard:
         """Record how the rank ended, put things right with its launcher, and return the code to end with."""
         if self.stderr >= 0:
             self.hear()  # one reading takes all that a pipe holds; others who may hold its end are not waited for
-        _, status, usage = os.wait4(self.pid, 0)
+        status, peak_kib = self.outcome()
         ended = os.waitstatus_to_exitcode(status)
         code = ended if ended >= 0 else 128 - ended
         if self.run:
-            self.record(code, max(0, -ended), usage.ru_maxrss * 1024)
+            self.record(code, max(0, -ended), peak_kib * 1024)
         if self.listener is not None and select.select([self.listener], [], [], 0)[0]:
             self.hand_on(self.listener)  # handover.py came just now, and must be told
         if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
@@ -264,6 +325,21 @@ class Guard:
         while self.unsaid and select.select([], [2], [], GRACE_S)[1]:
             self.say()
         return code if self.path else told
+
+    def outcome(self) -> tuple[int, int]:
+        """Return how the rank ended, as wait(2) says it, and the most memory that it had, in KiB."""
+        if self.parent is None:
+            _, status, usage = os.wait4(self.pid, 0)
+            return status, usage.ru_maxrss
+        try:
+            words = self.parent.recv(PIPE).split()
+        except OSError:
+            words = []
+        if not words:
+            self.words += b"\nit is not known how it ended: its warm parent is gone"
+            return UNKNOWN, 0
+        ended, peak_kib = words
+        return int(ended), int(peak_kib)
 
     def settle(self, *, close: bool) -> None:
         """Put the PMI session in order, and if asked to close it, as the rank can't any more (PMI-1 wire protocol)."""
@@ -312,4 +388,5 @@ def main() -> None:
     os._exit(guard.bury())
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -156,8 +156,8 @@ def _stage_table(generations: list[dict[str, Any]]) -> Table:
 
 def _newcomer_table(newcomers: list[dict[str, Any]]) -> Table:
     stages = list(dict.fromkeys(stage for newcomer in newcomers for stage in newcomer["stages"]))
-    found = _columns("newcomer", "host", *stages, title="newcomers' own stages in s")
+    found = _columns("newcomer", "host", "how", *stages, title="newcomers' own stages in s")
     for newcomer in newcomers:
         seconds = [f"{newcomer['stages'][stage]:.2f}" if stage in newcomer["stages"] else "" for stage in stages]
-        found.add_row(str(newcomer["member"]), newcomer["host"], *seconds)
+        found.add_row(str(newcomer["member"]), newcomer["host"], newcomer["how"], *seconds)
     return found

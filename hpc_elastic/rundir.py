@@ -18,6 +18,7 @@ RUN/                 mode 0700
     inbox/*.json     requests, put there by an atomic rename
     answers/*.json   what became of them
     companions/N.*   what the agent of companion N, another allocation, says; companions/N/ what it is to start
+    warm/            what warm parents import (`hpc_elastic.warm`), and where they are: HOST.sock, HOST.lock, HOST.log
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
     ledger/          consumed samples, if asked for
     tensorboard/     the log that `hpc-elastic tensorboard` writes
@@ -44,7 +45,7 @@ from .places import unused_below
 T = TypeVar("T")
 ATTEMPT = ("newcomers", "condemned", "losses", "ranks")  # folders that each attempt at a job has of its own
 HALF_WRITTEN = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{16}|[0-9]+)(\.[0-9a-f]{8})?")
-PARTS = ("inbox", "answers", "companions", *ATTEMPT)
+PARTS = ("inbox", "answers", "companions", "warm", *ATTEMPT)
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -323,7 +324,7 @@ class RunDirectory:
         """Return what processes that were killed leave: values half written, and sockets; some may still be in use."""
         folders = (self.path, *(self.path / name for name in PARTS), *(self.path / "losses").glob("[0-9]*"))
         found = [path for folder in folders for path in folder.glob(".*") if HALF_WRITTEN.fullmatch(path.name)]
-        return [*found, *self.newcomers.glob("*.sock")]
+        return [*found, *self.newcomers.glob("*.sock"), *(self.path / "warm").glob("*.sock")]
 
     def sweep(self) -> None:
         """Remove these; nobody may be writing."""

@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -23,7 +24,7 @@ mpi4py.rc.finalize = False
 from .comm.door import Door  # noqa: E402
 from .comm.messages import Options, options_file  # noqa: E402
 from .comm.waiting import Watch  # noqa: E402
-from .config import DOOR_VARIABLE  # noqa: E402
+from .config import DOOR_VARIABLE, START_VARIABLE  # noqa: E402
 from .errors import Retired  # noqa: E402
 from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
@@ -42,7 +43,8 @@ def main() -> None:
     assert options is not None
     member = Member(id=number, pid=os.getpid(), host=socket.gethostname(), slot=options.slot)
     script = Script(options.argv, options.module, options.path, options.directory)
-    session = Session(unpacked(options.settings), run, script, options.started)
+    began, how = os.environ.pop(START_VARIABLE).split(" ", 1)
+    session = Session(unpacked(options.settings), run, script, options.started, how=how, start_s=time.time() - float(began))
     gifts = int(os.environ.pop(DOOR_VARIABLE))
     door = Door(run, number, Watch(session.check), gifts, leader=(options.leader,), launcher=options.launcher)
     be_newcomer(door, session, member)

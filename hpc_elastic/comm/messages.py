@@ -57,11 +57,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a newcomer says: it is there, it is warm at loop number `loop`, or `error` tells why it can't come."""
+    """What a newcomer says: it is there, it is warm at loop number `loop`, or `error` tells why it can't come.
+
+    `how` it was started: "warm", by a warm parent, or "cold", with the reason if there is one.
+    """
 
     member: Member
     loop: int = 0
     names: list[str] = []
+    how: str = ""
     stages: dict[str, float] = {}
     peak_bytes: int = 0
     error: str = ""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from ..rundir import RunDirectory
 from .messages import Options, options_file
 
 PACKAGE = Path(__file__).parent.parent
+HERE = os.uname().nodename
 LEADER_VARIABLE = "_HPC_ELASTIC_LEADER"  # for a guard whose leader is on another host: the leader's number
 # What a launcher sets for the rank that starts a newcomer, and that is not the newcomer's.
 LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDI_", "MPI_LOCAL")
@@ -94,6 +96,12 @@ def without_session() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
 
 
+def portable(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those variables of `environ` that hold on another host, too."""
+    foreign = (*SCHEDULER, STDERR_VARIABLE)
+    return {key: value for key, value in environ.items() if key in CLUSTER or not key.startswith(foreign)}
+
+
 def socket_of(run: RunDirectory, member: int) -> str:
     """Return where the guard of newcomer `member` waits for the handover."""
     return str(run.newcomers / f"{member}.sock")
@@ -110,8 +118,7 @@ def start(run: RunDirectory, options: Options) -> Guarded:
     if options.companion == OWN and options.host in (LOCALHOST, socket.gethostname()):
         stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
         return Near(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=stderr))
-    environ = {key: value for key, value in environ.items() if key in CLUSTER or not key.startswith(SCHEDULER)}
-    environ.pop(STDERR_VARIABLE, None)
+    environ = portable(environ)
     environ[LEADER_VARIABLE] = str(options.leader.id)
     order = {"command": command, "environ": environ}
     run.put(places.order_file(run.path, options.companion, options.member), order)

@@ -17,6 +17,7 @@ from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports, await_ends
 from .underway import Invitations, UnderWay, make_plan
+from .warming import Warming
 
 if TYPE_CHECKING:
     from ..comm.arrival import Arrivals
@@ -68,6 +69,7 @@ class Leader:
         self._under_way: UnderWay | None = None
         self._committing: UnderWay | None = None
         self.keeping = Keeping(self)
+        self._warming = Warming(self)
         self._next_status = 0.0
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
@@ -100,6 +102,7 @@ class Leader:
             self._next_status = now + STATUS_EVERY_S
             under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
             self.reports.status(here, self.world, self.office, "running", under_way)
+        self._warming.look()
         told = self.inbox.leaving()
         if self.inbox.stops:
             self.reports.say(f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
@@ -358,3 +361,4 @@ class Leader:
         if self._under_way is not None:
             self._again(FAREWELL_S)
         self.reports.end(here, self.world, self.office, stopped=stopped)
+        self._warming.end()

@@ -306,7 +306,7 @@ class Membership:
         self.door, options = Door.parked(tether.comm, self.session.run, self.watch, self.session.doze)
         self.vigil.watch(self.door.leader)
         self.member = msgspec.structs.replace(self.member, slot=options.slot)
-        self.session.began = self.session.clock()
+        self.session.began, self.session.how, self.session.start_s = self.session.clock(), "parked", 0.0
 
     def join(self, here: Here) -> tuple[str, Plan | None]:
         """Report ready, wait to be called, and come in; return the last call, and the plan that was carried out.
@@ -320,7 +320,8 @@ class Membership:
             member=self.member,
             loop=here.loop,
             names=list(here.names),
-            stages={"warm": self.session.clock() - self.session.began},
+            how=self.session.how,
+            stages={"start": self.session.start_s, "warm": self.session.clock() - self.session.began},
             peak_bytes=peak_bytes(),
         )
         door.report(report)

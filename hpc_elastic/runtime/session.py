@@ -56,7 +56,8 @@ class Script:
 class Session:
     """One process's part of a run.
 
-    `began` is when it began to warm up, by its clock; `checkpoint` what the run begins with.
+    `began` is when it began to warm up, by its clock; `checkpoint` what the run begins with; `how` a newcomer was started,
+    and `start_s` how long that took until it began.
     """
 
     config: Config
@@ -66,6 +67,8 @@ class Session:
     clock: Callable[[], float] = time.perf_counter
     began: float = field(default_factory=time.perf_counter)
     checkpoint: Checkpoint | None = None
+    how: str = ""
+    start_s: float = 0.0
 
     def seconds(self) -> float:
         """Seconds since the run began."""

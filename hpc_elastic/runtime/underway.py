@@ -206,7 +206,9 @@ def make_plan(leader: Leader, way: UnderWay, here: Here, point: int, losses: int
     reports = [arrival.report for arrival in joining if arrival.report is not None]
     for arrival, report in zip(joining, reports, strict=True):
         stages = {"spawn": arrival.spawn_s, **report.stages}
-        leader.reports.log.write(events.Ready(member=report.member.id, host=report.member.host, stages=stages))
+        leader.reports.log.write(
+            events.Ready(member=report.member.id, host=report.member.host, how=report.how, stages=stages)
+        )
     back = {report.member.id for report in reports}
     parks = [rank for rank in way.leavers if old.members[rank].parks]
     parked = tuple(p for p in leader.office.parked if p.member.id not in back)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .. import faults
-from ..comm.liveness import Liveness
+from ..comm.liveness import Liveness, alive
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..comm.wires import Wires
-from ..config import STDERR_VARIABLE
+from ..config import GUARD_VARIABLE, STDERR_VARIABLE
 from ..errors import RunDirectoryError
 from ..model import Member
 from .standstill import LOOK_S as STANDSTILL_S
@@ -71,6 +71,7 @@ class Vigil:
         self._members: tuple[Member, ...] = ()
         self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
         self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
+        self._far_guard = int(os.environ.pop(GUARD_VARIABLE, "0"))  # of a process that a warm parent has forked
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
@@ -195,7 +196,7 @@ class Vigil:
 
     def _stuck(self) -> str:
         """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""
-        if self._guard and os.getppid() != self._guard:
+        if not alive(self._far_guard) if self._far_guard else self._guard and os.getppid() != self._guard:
             return "its guard is gone, which answers for it to the launcher"
         if (seconds := self._stuck_in_mpi.seconds()) > LONGEST_CALL_S:
             return f"a call of MPI's did not return within {seconds:.0f} s"

@@ -1,0 +1,63 @@
+"""What a process forked by a warm parent does to be as one that was started: descriptors, variables, signals, randomness."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from .config import DOOR_VARIABLE, GUARD_VARIABLE, START_VARIABLE, STDERR_VARIABLE
+from .warmth import Asked
+
+WORKER = "hpc_elastic.worker"
+OWN_STREAMS = 2  # stdout and stderr; what else is sent has a variable with its number
+
+
+@dataclass
+class Newborn:
+    """What it is to be: what was `asked` for, the `descriptors` sent along, its guard's pid, and how signals were set."""
+
+    asked: Asked
+    descriptors: list[int]
+    guard: int
+    dispositions: Mapping[signal.Signals, Any]
+
+
+def be_born(newborn: Newborn) -> None:
+    """Be a newcomer: leave behind what was the parent's, and run the worker."""
+    asked = newborn.asked
+    for number, disposition in newborn.dispositions.items():
+        signal.signal(number, disposition)
+    stdout, stderr, *others = newborn.descriptors
+    for descriptor, place in ((stdout, 1), (stderr, 2)):
+        os.dup2(descriptor, place)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(asked.environ)
+    for name, descriptor in zip((STDERR_VARIABLE, DOOR_VARIABLE), others, strict=True):
+        os.environ[name] = str(descriptor)
+    os.environ[GUARD_VARIABLE] = str(newborn.guard)
+    os.environ[START_VARIABLE] += " warm"
+    os.umask(asked.umask)
+    os.chdir(asked.directory)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
+    reseed()
+    sys.argv[:] = [WORKER, *asked.arguments]
+    sys.modules["__main__"] = ModuleType("__main__")
+    from .worker import main
+
+    main()
+
+
+def reseed() -> None:
+    """Have random numbers of its own: all children of one parent would draw the same ones."""
+    random.seed()
+    numpy_seed: Callable[[], None] | None = getattr(sys.modules.get("numpy.random"), "seed", None)
+    if numpy_seed is not None:
+        numpy_seed()

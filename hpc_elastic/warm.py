@@ -1,0 +1,369 @@
+"""Warm parent of a node: has imported what the job imports, and forks newcomers from that in milliseconds.
+
+    python -m hpc_elastic.warm RUN
+
+In the run directory, below ``warm``, it reads ``spec.json``; locks ``HOST.lock``, of which the kernel lets go when it ends;
+writes ``HOST.log``; and when it is ready listens at ``HOST.sock``. There a newcomer's guard asks it for a process, and
+sends the descriptors and variables that this is to have. It forks, and tells the guard in the end how the process has ended,
+which only a parent gets to know. Who is not served starts as ever.
+
+Some children it forks ahead of time, each for one newcomer, which import what needs MPI and then wait.
+
+It does nothing but import itself: no MPI, no operation, no thread goes on in it, since a fork takes none along. It imports
+in a thread of low priority, so that the ranks are not slowed; the thread that forks has the usual one, which nobody can get
+back. It ends when the run is over, or gone, or when no rank has given a sign of life for `QUIET_S` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import importlib.abc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+
+from . import warmth
+from .newborn import WORKER, Newborn, be_born
+
+LOOK_S, QUIET_S = 0.25, 10.0
+ANSWER_S, GO_S = 0.5, 5.0
+NICENESS = 10
+LARGEST = 1 << 18  # bytes of a request
+SETTLE_S = 1.0
+AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
+STALE = 3  # exit code: another one is to be started
+IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
+HOST = os.uname().nodename
+
+
+class MpiRefused(BaseException):
+    """A module wants MPI: not here. No `Exception`, which a module may catch and then believe that there is none."""
+
+
+class NoMpi(importlib.abc.MetaPathFinder):
+    """Refuses MPI, and knows whether anybody wanted it."""
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:  # noqa: ARG002
+        """Raise for MPI; other modules are found by others."""
+        if name == warmth.MPI:
+            raise MpiRefused
+        return None
+
+
+def preload(names: list[str]) -> dict[str, str]:
+    """Import the modules `names`; return why some could not be, by name."""
+    problems, refusing = {}, NoMpi()
+    sys.meta_path.insert(0, refusing)
+    for name in names:
+        before = set(sys.modules)
+        try:
+            importlib.import_module(name)
+        except MpiRefused:
+            top = name.partition(".")[0]
+            for new in [new for new in sys.modules if new not in before and new.partition(".")[0] == top]:
+                del sys.modules[new]  # as if nobody had tried
+        except BaseException as problem:  # noqa: BLE001  (user-installed code; the newcomer will see for itself)
+            problems[name] = f"{type(problem).__name__}: {problem}"
+    sys.meta_path.remove(refusing)
+    return problems
+
+
+def preload_gently(names: list[str]) -> dict[str, str]:
+    """Do that in a thread of low priority. In Linux every thread has its own, and only it gets slow."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    return preload(names)
+
+
+def threads() -> int:
+    """Return the number of this process's threads that a fork would not take along, besides this one.
+
+    Libraries that end their threads before a fork, as OpenBLAS does, have none after one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + SETTLE_S
+    while left := len(list(Path("/proc/self/task").iterdir())) - 1:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)  # one that has ended is to be seen for a moment
+    return left
+
+
+@dataclass
+class Child:
+    """A process that was forked: its number, a descriptor of it, and the line to its guard, or to it while it waits."""
+
+    pid: int
+    descriptor: int
+    line: socket.socket
+
+
+@dataclass
+class WarmParent:
+    """The warm parent of this host, for the run in the folder `run`."""
+
+    run: Path
+    children: list[Child] = field(default_factory=list)
+    waiting: list[Child] = field(default_factory=list)
+    next_ahead: float = 0.0
+    beats: dict[str, int] = field(default_factory=dict)
+    quiet_since: float = field(default_factory=time.monotonic)
+    next_look: float = 0.0
+    stale: bool = False
+
+    def __post_init__(self) -> None:
+        self.folder = self.run / "warm"
+        self.socket = self.folder / f"{HOST}.sock"
+        self.spec = msgspec.json.decode((self.folder / "spec.json").read_bytes(), type=warmth.Spec)
+        self.born = dict(os.environ)
+        self.dispositions = {number: signal.getsignal(number) for number in IGNORED}
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)  # the terminal's are for the ranks
+
+    # --- whether it is wanted -----------------------------------------------------------------------------------------
+
+    def over(self) -> bool:
+        """Tell whether nobody needs it any more."""
+        if (self.run / "failure.json").exists() or not self.folder.is_dir():
+            return True
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads((self.run / "status.json").read_bytes())["state"] in ("ended", "stopped"):
+                return True
+        found, now = dict[str, int](), time.monotonic()
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.run / "ranks"):
+                if entry.name.endswith(".beat"):
+                    found[entry.name] = entry.stat().st_mtime_ns
+        if found != self.beats:
+            self.beats, self.quiet_since = found, now
+        return now - self.quiet_since > QUIET_S
+
+    def lock(self) -> bool:
+        """Be the only one of this host; False if there is one."""
+        self.locked = os.open(self.folder / f"{HOST}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        os.ftruncate(self.locked, 0)
+        os.write(self.locked, str(os.getpid()).encode())  # for people
+        return True
+
+    # --- getting ready ------------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> str:
+        """Import everything; return why it can't serve, or nothing."""
+        sys.path[:] = self.spec.path
+        self.stamps = warmth.stamps(self.spec.modules, self.spec.path)
+        begun, problems = time.monotonic(), dict[str, str]()
+        worker = threading.Thread(target=lambda: problems.update(preload_gently(self.spec.modules)), daemon=True)
+        worker.start()
+        while worker.is_alive():
+            worker.join(LOOK_S)
+            if self.over():
+                os._exit(0)
+        left = threads()
+        for name, problem in problems.items():
+            print(f"not imported: {name}: {problem}", flush=True)
+        print(f"{len(self.spec.modules)} modules in {time.monotonic() - begun:.1f} s", flush=True)
+        if left:
+            return f"what it imports goes on in {left} threads, which a fork does not take along"
+        gc.collect()
+        gc.freeze()  # so that collections in the children don't touch, and thereby copy, what is shared
+        return ""
+
+    def listen(self) -> None:
+        """Be there for guards."""
+        self.socket.unlink(missing_ok=True)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        before = os.umask(0o077)
+        self.listener.bind(f"/proc/self/fd/{folder}/{self.socket.name}")
+        os.umask(before)
+        os.close(folder)
+        self.listener.listen(64)
+
+    # --- serving ------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> Newborn | None:
+        """Serve until the run is over; in a process that was forked, return what that is to be."""
+        while not self.stale or self.children:
+            watched = [child.descriptor for child in (*self.children, *self.waiting)]
+            listening = [] if self.stale else [self.listener.fileno()]
+            ready, _, _ = select.select([*listening, *watched], [], [], LOOK_S)
+            if listening and listening[0] in ready:
+                newborn = self.answer()
+                if newborn is not None:
+                    return newborn
+            for child in [child for child in (*self.children, *self.waiting) if child.descriptor in ready]:
+                self.bury(child)
+            if not self.stale and len(self.waiting) < AHEAD and time.monotonic() >= self.next_ahead:
+                newborn = self.fork_ahead()
+                if newborn is not None:
+                    return newborn
+            if time.monotonic() >= self.next_look:
+                self.next_look = time.monotonic() + LOOK_S
+                if self.over() and not self.children:
+                    break
+        self.socket.unlink(missing_ok=True)
+        return None
+
+    def answer(self) -> Newborn | None:
+        """Answer one guard; in the process that it gets, return what that is to be."""
+        line, _ = self.listener.accept()
+        line.settimeout(ANSWER_S)
+        descriptors: list[int] = []
+        try:
+            data, descriptors, _, _ = socket.recv_fds(line, LARGEST, 8)
+            why = self.unfit(line, data)
+            if not why:
+                self.next_ahead = time.monotonic() + AHEAD_S
+                return self.fork(line, data, descriptors)
+            line.send(b"n" + why.encode())
+        except (OSError, ValueError) as problem:
+            with contextlib.suppress(OSError):
+                line.send(b"n" + f"it could not fork: {problem}".encode())
+        for descriptor in descriptors:
+            os.close(descriptor)
+        line.close()
+        return None
+
+    def unfit(self, line: socket.socket, data: bytes) -> str:
+        """Return why this process is not the one to fork for who asks, or nothing."""
+        _, user, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user != os.geteuid():
+            return f"it serves user {os.geteuid()}, and user {user} asks"
+        now = warmth.stamps(self.spec.modules, self.spec.path)
+        why = warmth.mismatch(warmth.unpacked(data), self.born, self.stamps, now)
+        if why:
+            self.stale = True  # whoever starts the next one does that with the files and variables of then
+            self.listener.close()
+            self.socket.unlink(missing_ok=True)
+            print(f"not served: {why}", flush=True)
+        return why
+
+    def forked(self) -> int:
+        """Fork; return the new process's number, or 0 in that, which has then nothing of what is the parent's alone."""
+        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            self.listener.close()
+            os.close(self.locked)
+            for child in (*self.children, *self.waiting):
+                os.close(child.descriptor)
+                child.line.close()
+            self.children, self.waiting = [], []
+        return pid
+
+    def fork(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn | None:
+        """Give a guard a process that waits, or a new one; in that, return what it is to be."""
+        child = self.waiting.pop() if self.waiting else None
+        if child is not None:
+            try:
+                socket.send_fds(child.line, [data], [line.fileno(), *descriptors])
+            except OSError:  # it has just ended
+                self.bury(child)
+                child = None
+            else:
+                child.line.close()
+                child.line = line
+        if child is None:
+            pid = self.forked()
+            if pid == 0:
+                return self.newborn(line, data, descriptors)
+            child = Child(pid, os.pidfd_open(pid), line)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.children.append(child)
+        with contextlib.suppress(OSError):  # the guard is gone, and so will be the child
+            socket.send_fds(line, [b"f" + str(child.pid).encode()], [child.descriptor])
+        return None
+
+    def fork_ahead(self) -> Newborn | None:
+        """Fork a process that gets ready and waits; in that, return what it is to be when it is wanted."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = self.forked()
+        if pid:
+            theirs.close()
+            self.waiting.append(Child(pid, os.pidfd_open(pid), mine))
+            return None
+        mine.close()
+        for name in (WORKER, *(name for name in self.spec.modules if name.startswith(f"{__package__}."))):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
+        if not data:
+            os._exit(0)  # the parent has ended
+        theirs.close()
+        return self.newborn(socket.socket(fileno=descriptors[0]), data, descriptors[1:])
+
+    def newborn(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn:
+        """Return what this process is to be, once its guard has said that it is still wanted."""
+        peer, _, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        line.settimeout(GO_S)
+        try:
+            go = line.recv(1)
+        except OSError:
+            go = b""
+        if not go:
+            os._exit(0)  # the guard has waited no longer
+        line.close()
+        return Newborn(warmth.unpacked(data), descriptors, peer, self.dispositions)
+
+    def bury(self, child: Child) -> None:
+        """Tell the guard of a newcomer how that has ended; one that waited has none."""
+        _, status, usage = os.wait4(child.pid, 0)
+        if child in self.children:
+            self.children.remove(child)
+            with contextlib.suppress(OSError):
+                child.line.send(f"{status} {usage.ru_maxrss}".encode())
+        elif child in self.waiting:
+            self.waiting.remove(child)
+        child.line.close()
+        os.close(child.descriptor)
+
+
+def main() -> None:
+    """Be the warm parent; in the processes that it forks, be a newcomer."""
+    parent = WarmParent(Path(sys.argv[1]))
+    if not parent.lock():
+        return
+    why = parent.warm_up()
+    if why:
+        sys.exit(f"no newcomers from here: {why}")
+    parent.listen()
+    newborn = parent.serve()
+    if newborn is None:
+        sys.stdout.flush()
+        os._exit(STALE if parent.stale else 0)  # what libraries do at the end of a process is not for one that used none
+    del parent
+    be_born(newborn)
+
+
+if __name__ == "__main__":
+    main()

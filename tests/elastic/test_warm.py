@@ -1,0 +1,187 @@
+"""Newcomers from a warm parent: the same bits, a cold start wherever that can't serve, and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpc_elastic import events
+from hpc_elastic.rundir import RunDirectory
+from jobs.image.prepare import prepare
+
+from ..afterwards import happened
+from ..launch import SCRIPTS, Job, hpc_elastic, python, until
+
+EPOCHS, PAUSE_S = 400, 0.02
+HOST = os.uname().nodename
+HEAVY = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
+)
+
+
+def script(shards):
+    return [SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", PAUSE_S]
+
+
+@pytest.fixture
+def start(shards, tmp_path):
+    """Start a job that has a warm parent, though it imports little."""
+
+    def begin(*arguments, program=(), environ=None):
+        command = program or hpc_elastic("run", "--run-dir", "r", "--slots", 4, "--set", "warm=on")
+        return Job([*map(str, [*command, *(arguments or script(shards))])], folder=tmp_path, environ=environ)
+
+    return begin
+
+
+def under_way(path):
+    until(lambda: (path / "status.json").exists() and RunDirectory(path).status().step > 0)
+    return RunDirectory(path)
+
+
+def parent(run, starts=1):
+    """Return the pid of the warm parent, once it is ready, as the one that was started so many times."""
+    log, lock = run.path / "warm" / f"{HOST}.log", run.path / "warm" / f"{HOST}.lock"
+    until(lambda: log.exists() and log.read_text().count(" modules in ") == starts, 90)
+    until((run.path / "warm" / f"{HOST}.sock").exists)
+    return int(lock.read_text())
+
+
+def resized(run, ranks):
+    """Have the job go to so many ranks; return how the newcomers came."""
+    before = len(happened(run.path, events.Ready))
+    subprocess.run(hpc_elastic("resize", str(run.path), str(ranks), "--wait"), check=True, timeout=60)
+    until(lambda: run.status().ranks == ranks)
+    return [event.how for event in happened(run.path, events.Ready)[before:]]
+
+
+def stopped(job, run):
+    subprocess.run(hpc_elastic("stop", str(run.path)), check=True, timeout=60)
+    done = job.wait()
+    assert done.code == 0, done.err
+    return done
+
+
+def test_newcomers_are_forked(start, tmp_path):
+    """Also by a leader that was one itself; and when the leader that started the warm parent has gone."""
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        first = parent(run)
+        assert resized(run, 3) == ["warm", "warm"]
+        os.kill(run.status().members[0].pid, signal.SIGTERM)
+        until(lambda: 0 not in [member.id for member in run.status().members])
+        assert resized(run, 4) == ["warm", "warm"]
+        assert parent(run) == first
+        stopped(job, run)
+    assert all(run.end_of(number).code == 0 for number in range(1, 5))
+
+
+def test_same_bits(shards, start, tmp_path):
+    few = [SCRIPTS / "softmax.py", shards, 40]
+    with start(*few, program=hpc_elastic("run", "--run-dir", "s")) as job:
+        static = job.wait().value("sha256")
+    with start(*few, "--pause", PAUSE_S) as job:
+        run = under_way(tmp_path / "r")
+        parent(run)
+        assert [*resized(run, 3), *resized(run, 1), *resized(run, 4)] == ["warm"] * 5
+        assert job.wait().value("sha256") == static
+
+
+def test_parent_that_is_killed(start, tmp_path):
+    """Its newcomers go on; the next one starts by itself, and later ones are forked again."""
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        first = parent(run)
+        assert resized(run, 2) == ["warm"]
+        os.kill(first, signal.SIGKILL)
+        assert resized(run, 3) == ["cold: it was not ready"]
+        assert parent(run, 2) != first
+        assert resized(run, 4) == ["warm"]
+        stopped(job, run)
+    end = run.end_of(1)
+    assert (end.code, end.signal) == (1, 0)
+    assert "it is not known how it ended" in end.last_words
+
+
+def test_parent_that_stalls(start, tmp_path):
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        pid = parent(run)
+        os.kill(pid, signal.SIGSTOP)
+        assert resized(run, 2) == ["cold: it did not answer within 1 s"]
+        os.kill(pid, signal.SIGCONT)
+        assert resized(run, 3) == ["warm"]  # and whom it forked for the first one has ended
+        stopped(job, run)
+
+
+def test_code_that_has_changed(shards, start, tmp_path):
+    """The parent has what was there before: it ends, and another one is started."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "installed.py").write_text("VALUE = 1\n")
+    path = tmp_path / "script.py"
+    # As if it lay in site-packages, which no test may write to.
+    path.write_text(
+        f"import sys; sys.path.append({str(library)!r})\nimport installed\nfrom pathlib import Path\n"
+        f"from hpc_elastic import warmth\nusual = warmth.outside\n"
+        f"warmth.outside = lambda: (*usual(), Path({str(library)!r}))\n" + (SCRIPTS / "softmax.py").read_text()
+    )
+    with start(path, *script(shards)[1:]) as job:
+        run = under_way(tmp_path / "r")
+        first = parent(run)
+        (library / "installed.py").write_text("VALUE = 22\n")
+        assert resized(run, 2) == ["cold: installed changed since it was imported"]
+        assert parent(run, 2) != first
+        assert resized(run, 3) == ["warm"]
+        stopped(job, run)
+
+
+def test_newcomer_that_dies(start, tmp_path):
+    """As it warms up: its guard says how, which only its parent knows."""
+    with start(environ={"HPC_ELASTIC_FAULT": "warm:kill:member=1"}) as job:
+        run = under_way(tmp_path / "r")
+        parent(run)
+        subprocess.run(hpc_elastic("resize", str(run.path), "2"), check=True, timeout=60)
+        until(lambda: run.end_of(1) is not None)
+        assert run.end_of(1).signal == signal.SIGKILL
+        assert resized(run, 3) == ["warm", "warm"]
+        stopped(job, run)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nothing_left_when_killed(alone, start, tmp_path):
+    """The only rank, without a supervisor; the supervisor and all ranks. The parent sees that nobody is there."""
+    environ = {"HPC_ELASTIC_WARM": "on", "HPC_ELASTIC_SLOTS": "2", "HPC_ELASTIC_RUN_DIR": "r"}
+    with start(program=python(), environ=environ) if alone else start() as job:
+        run = under_way(tmp_path / "r")
+        pid = parent(run)
+        if not alone:
+            os.kill(job.process.pid, signal.SIGKILL)
+        for member in run.status().members:
+            os.kill(member.pid, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{pid}").exists())
+        job.process.wait()
+        until(lambda: not job.left())
+
+
+@HEAVY
+@pytest.mark.tensorflow
+def test_tensorflow(tmp_path):
+    """A newcomer has little memory of its own, and few seconds to wait for; the bits are those of one static rank."""
+    prepare("digits", "upright", tmp_path / "digits-upright")
+    job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "60")
+    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 2, *job_of), folder=tmp_path, limit_s=180) as job:
+        run = under_way(tmp_path / "r")
+        parent(run)
+        assert resized(run, 2) == ["warm"]
+        newcomer = run.status().members[1].pid
+        rollup = Path(f"/proc/{newcomer}/smaps_rollup").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
+        assert kib["Private_Clean"] + kib["Private_Dirty"] < 150 * 1024
+        done = stopped(job, run)
+    assert done.code == 0
