@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 
-from hpc_elastic import guard, warm, warmth
+from hpc_elastic import guard, newborn, warm, warmth
 
 PACKAGE = str(warmth.PACKAGE)
 
@@ -147,3 +149,13 @@ def test_other_users_are_not_served(monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: user + 1)
         why = warm.WarmParent.unfit(SimpleNamespace(), ours, b"")
     assert why == f"it serves user {user + 1}, and user {user} asks"
+
+
+def test_each_draws_random_numbers_of_its_own():
+    drawn = set()
+    for _ in range(3):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002  (libraries use it)
+        newborn.reseed()
+        drawn |= {random.random(), np.random.random()}  # noqa: NPY002
+    assert len(drawn) == 6
