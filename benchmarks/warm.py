@@ -2,8 +2,8 @@
 
     python -m benchmarks.warm --json [--job tensorflow] [--cycles 10] [--cold 10]
 
-One job goes 1 -> 2 -> 4 -> 1 and trains on meanwhile, with its warm parent, and in between without: the socket of that is put
-away then, so that guards don't find it. ``newcomer_s`` is the time from the decision until the resize is committed, after
+One job goes 1 -> 2 -> 4 -> 1 and trains on meanwhile, with its warm parent, and in between without: its socket is put away
+then, so that guards don't find it. ``newcomer_s`` is the time from the decision until the resize is committed, after
 which the newcomers compute.
 """
 
