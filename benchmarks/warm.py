@@ -40,7 +40,11 @@ HOST = os.uname().nodename
 def resize(job: Running, ranks: int) -> None:
     """Have the job go to so many ranks, and on for a while."""
     run, before = RunDirectory(job.path), len(job.happened(events.Resized))
-    run.ask(Request("resize", ranks))
+    answer = None
+    while answer is None or not answer.accepted:  # as long as leavers are ending
+        name = run.ask(Request("resize", ranks))
+        job.until(lambda name=name: run.answer_to(name) is not None, "an answer")  # type: ignore[misc]
+        answer = run.answer_to(name)
     job.until(lambda: len(job.happened(events.Resized)) > before, f"{ranks} ranks", COLD_S)
     since = job.happened(events.Resized)[-1].step
     # The status is late by a quarter of a second, in which leavers end.
