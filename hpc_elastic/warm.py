@@ -43,7 +43,7 @@ from .newborn import WORKER, Newborn, be_born
 
 LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
-NICENESS = 5  # a quarter of a busy core: with 10 the imports took a minute where all cores were busy
+NICENESS = 5  # a quarter of a core that is busy
 LARGEST = 1 << 18  # bytes of a request
 SETTLE_S = 1.0
 AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
