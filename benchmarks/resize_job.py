@@ -1,4 +1,4 @@
-"""The job of `benchmarks.resize` and `benchmarks.warm`: small steps, 25 MB of state, and a stamp before and after every turn.
+"""The job of `benchmarks.resize` and `benchmarks.warm`: small steps, 25 MB of state, a stamp before and after every turn.
 
 Usage: python resize_job.py numpy|tensorflow|cnn STAMPS TURNS
 """

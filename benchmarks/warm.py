@@ -2,9 +2,9 @@
 
     python -m benchmarks.warm --json [--job tensorflow] [--cycles 10] [--cold 10]
 
-One job goes 1 -> 2 -> 4 -> 1 and trains on meanwhile, with its warm parent and in between without: the parent's socket is put
-away then, so that guards don't find it. ``newcomer_s`` is the time from the decision until the resize is committed, right
-after which the newcomers compute.
+One job goes 1 -> 2 -> 4 -> 1 and trains on meanwhile, with its warm parent, and in between without: its socket is put away
+then, so that guards don't find it. ``newcomer_s`` is the time from the decision until the resize is committed, after
+which the newcomers compute.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ HOST = os.uname().nodename
 def resize(job: Running, ranks: int) -> None:
     """Have the job go to so many ranks, and on for a while."""
     run, before = RunDirectory(job.path), len(job.happened(events.Resized))
-    run.ask(Request("resize", ranks))
+    answer = None
+    while answer is None or not answer.accepted:  # as long as leavers are ending
+        name = run.ask(Request("resize", ranks))
+        job.until(lambda name=name: run.answer_to(name) is not None, "an answer")  # type: ignore[misc]
+        answer = run.answer_to(name)
     job.until(lambda: len(job.happened(events.Resized)) > before, f"{ranks} ranks", COLD_S)
     since = job.happened(events.Resized)[-1].step
     # The status is late by a quarter of a second, in which leavers end.

@@ -41,9 +41,9 @@ import msgspec
 from . import warmth
 from .newborn import WORKER, Newborn, be_born
 
-LOOK_S, QUIET_S = 0.25, 10.0
+LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
-NICENESS = 10
+NICENESS = 5  # a quarter of a core that is busy
 LARGEST = 1 << 18  # bytes of a request
 SETTLE_S = 1.0
 AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
@@ -127,6 +127,7 @@ class WarmParent:
     children: list[Child] = field(default_factory=list)
     waiting: list[Child] = field(default_factory=list)
     next_ahead: float = 0.0
+    next_beats: float = 0.0
     beats: dict[str, int] = field(default_factory=dict)
     quiet_since: float = field(default_factory=time.monotonic)
     next_look: float = 0.0
@@ -150,7 +151,11 @@ class WarmParent:
         with contextlib.suppress(OSError, ValueError, KeyError):
             if json.loads((self.run / "status.json").read_bytes())["state"] in ("ended", "stopped"):
                 return True
-        found, now = dict[str, int](), time.monotonic()
+        now = time.monotonic()
+        if now < self.next_beats:
+            return False
+        self.next_beats = now + BEATS_S
+        found = dict[str, int]()
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.run / "ranks"):
                 if entry.name.endswith(".beat"):

@@ -39,6 +39,12 @@ def start(shards, tmp_path):
     return begin
 
 
+@pytest.fixture
+def all_faults(pytestconfig):
+    if not pytestconfig.getoption("all_faults"):
+        pytest.skip("with --all-faults")
+
+
 def under_way(path):
     until(lambda: (path / "status.json").exists() and RunDirectory(path).status().step > 0)
     return RunDirectory(path)
@@ -82,7 +88,7 @@ def test_newcomers_are_forked(start, tmp_path):
 
 
 def test_same_bits(shards, start, tmp_path):
-    few = [SCRIPTS / "softmax.py", shards, 40]
+    few = [SCRIPTS / "softmax.py", shards, 30]
     with start(*few, program=hpc_elastic("run", "--run-dir", "s")) as job:
         static = job.wait().value("sha256")
     with start(*few, "--pause", PAUSE_S) as job:
@@ -108,6 +114,7 @@ def test_parent_that_is_killed(start, tmp_path):
     assert "it is not known how it ended" in end.last_words
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_parent_that_stalls(start, tmp_path):
     with start() as job:
         run = under_way(tmp_path / "r")
@@ -141,6 +148,7 @@ def test_code_that_has_changed(shards, start, tmp_path):
         stopped(job, run)
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_newcomer_that_dies(start, tmp_path):
     """As it warms up: its guard says how, which only its parent knows."""
     with start(environ={"HPC_ELASTIC_FAULT": "warm:kill:member=1"}) as job:
@@ -154,8 +162,10 @@ def test_newcomer_that_dies(start, tmp_path):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_nothing_left_when_killed(alone, start, tmp_path):
+def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
     """The only rank, without a supervisor; the supervisor and all ranks. The parent sees that nobody is there."""
+    if alone and not pytestconfig.getoption("all_faults"):
+        pytest.skip("with --all-faults")
     environ = {"HPC_ELASTIC_WARM": "on", "HPC_ELASTIC_SLOTS": "2", "HPC_ELASTIC_RUN_DIR": "r"}
     with start(program=python(), environ=environ) if alone else start() as job:
         run = under_way(tmp_path / "r")
@@ -172,7 +182,7 @@ def test_nothing_left_when_killed(alone, start, tmp_path):
 @HEAVY
 @pytest.mark.tensorflow
 def test_tensorflow(tmp_path):
-    """A newcomer has little memory of its own, and few seconds to wait for; the bits are those of one static rank."""
+    """A newcomer has little memory of its own."""
     prepare("digits", "upright", tmp_path / "digits-upright")
     job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "60")
     with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 2, *job_of), folder=tmp_path, limit_s=180) as job:

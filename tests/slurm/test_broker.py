@@ -235,6 +235,18 @@ def test_an_agent_that_is_killed(job, cluster, static):
     assert not happened(job.path, events.Restarted)
 
 
+def test_replacements_on_companions_are_forked(job, static):
+    """A companion's agent sees to a warm parent there."""
+    job.submit(pause_s=0.06, warm="on")
+    job.ranks(4)
+    lost = job.run.status().members[-1]
+    until((job.path / "warm" / f"{lost.host}.sock").exists)
+    os.kill(lost.pid, signal.SIGKILL)
+    until(lambda: "warm" in [event.how for event in happened(job.path, events.Ready) if event.host == lost.host])
+    job.ended_well(static)
+    assert not happened(job.path, events.Restarted)
+
+
 def test_companions_that_are_batch_jobs(job, static_short):
     job.submit(companions="sbatch", epochs=SHORT, pause_s=0.08)
     job.ranks(4)

@@ -185,3 +185,16 @@ def test_the_agent_of_the_jobs_own_host(run):
         until(lambda: note.exists() and note.read_text() == "y\n")
         started.terminate()
     assert companion_file(run.path, -1, "end").read_text() == "it was told to end"
+
+
+def test_keeps_a_warm_parent_where_the_job_has_some(run, agent, tmp_path):
+    process = agent()
+    note = tmp_path / "pid"
+    spec = {"command": ["/bin/sh", "-c", f"echo $$ $KIND > {note}.new; mv {note}.new {note}; exec sleep 1000"]}
+    run.put(run.path / "warm" / "spec.json", {**spec, "environ": {"KIND": "warm", "PATH": os.environ["PATH"]}})
+    until(note.exists)
+    pid, kind = note.read_text().split()
+    assert kind == "warm"
+    process.terminate()
+    process.wait(LIMIT_S)
+    until(lambda: not Path(f"/proc/{pid}").exists())
