@@ -16,7 +16,12 @@ from .launch import side_by_side
 settings.register_profile("repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("search", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile("repeatable")
-LONG = ("tests/unit/test_docs.py::test_examples_run", "tests/elastic/test_cycles.py", "tests/elastic/test_keras.py")
+LONG = (
+    "tests/unit/test_docs.py::test_examples_run",
+    "tests/elastic/test_cycles.py",
+    "tests/elastic/test_keras.py",
+    "tests/elastic/test_fit.py",
+)
 SEGMENTS = pytest.StashKey[set[Path]]()
 
 

@@ -161,7 +161,7 @@ class Traced:
 
         with collecting(self.optimizer) as taken:
             logs = self.model.train_step(self.data.packed(flat))
-        gradients, variables = only(taken)
+        gradients, variables = only(taken, self.model.trainable_variables)
         there = [number for number, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.convert_to_tensor(gradients[number]) for number in there]
 

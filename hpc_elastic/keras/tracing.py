@@ -48,24 +48,29 @@ def collecting(optimizer: Any) -> Iterator[list[tuple[list[Any], list[Any]]]]:
         del vars(optimizer)["apply"]
 
 
-def only(taken: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
-    """Return the gradients and variables that were taken in, once."""
+def only(taken: list[tuple[list[Any], list[Any]]], weights: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the gradients and variables that were taken in, once, by a step that leaves the `weights` to the optimizer."""
     if len(taken) != 1:
         raise ConfigError(
             f"train_step applied its compiled optimizer {len(taken)} times, and has to do so once: there is one sum over "
             "the ranks in a step. Use a loop of your own, with job.steps"
         )
+    if any(changed(weights, inside=False)):
+        raise ConfigError(
+            "train_step changes weights itself, which would come before the sum over the ranks: let a constraint of the "
+            "layer's do it, or a callback"
+        )
     return taken[0]
 
 
-def changed(variables: list[Any]) -> list[bool]:
-    """Tell of which variables the graph so far may change the value."""
+def changed(variables: list[Any], *, inside: bool = True) -> list[bool]:
+    """Tell of which variables the graph so far changes the value; with `inside`, or may do so inside loops and the like."""
     graph = tf.compat.v1.get_default_graph()
     touched = set()
     for operation in graph.get_operations():
         if operation.type.startswith("Assign"):
             touched.add(operation.inputs[0].name)
-        elif any(attribute.type == "func" for attribute in operation.op_def.attr):
+        elif inside and any(attribute.type == "func" for attribute in operation.op_def.attr):
             touched |= {tensor.name for tensor in operation.inputs if tensor.dtype == tf.resource}
     return [graph.capture(variable.value.handle).name in touched for variable in variables]
 

@@ -146,11 +146,20 @@ def test_a_step_that_applies_twice_or_uses_foreign_variables_is_refused(keras, a
                 self.optimizer.apply(gradients, self.trainable_variables)
             return {"loss": loss}
 
-    def odd():
-        model = Odd([keras.Input((5,)), keras.layers.Dense(2)])
+    def odd(kind=Odd):
+        model = kind([keras.Input((5,)), keras.layers.Dense(2)])
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         return model
 
+    class Clipped(keras.Sequential):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            for variable in self.trainable_variables:
+                variable.assign(keras.ops.clip(variable, -1, 1))
+            return logs
+
+    with pytest.raises(he.ConfigError, match="changes weights itself"):
+        traced(odd(Clipped), arrays)
     with pytest.raises(he.ConfigError, match="attributes of the model"):
         traced(odd(), arrays)
     twice = odd()
