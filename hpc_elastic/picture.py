@@ -66,6 +66,7 @@ def draw(run: RunDirectory, path: Path) -> None:
     with mpl.rc_context(STYLE):
         script = next((event.script for event in happened if isinstance(event, Started)), "")
         figure = _figure(f"{script}, {run.path.name}", course)
+        figure.draw_without_rendering()  # ticks follow from a first layout, and the width of their labels from the ticks
         try:
             figure.savefig(path, format="svg", metadata={"Date": None})
         except OSError as error:
