@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from .systems import System
 STEADY = 40  # steps that as many workers as wanted have done together
 WAIT_S, END_S = 90.0, 240.0
 LOOK_S = 0.05
+AT_RANDOM_S = 0.5  # before a change: commits and snapshots come every so many steps as well
 
 
 class StoppedError(Exception):
@@ -30,7 +32,7 @@ class Run:
     """A run of a system, watched by the stamps of its workers."""
 
     def __init__(self, system: System, folder: Path) -> None:
-        self._system, self._folder = system, folder
+        self._system, self._folder, self._draw = system, folder, random.Random(str(folder))
 
     def rows(self) -> dict[int, np.ndarray]:
         """Return the steps that each worker has finished, by their pids."""
@@ -76,6 +78,7 @@ class Run:
 
     def change(self, act: Callable[[], object], workers: int | None, what: str) -> dict[str, Any]:
         """Do something to the job, wait until it is steady, and return how long it stood still."""
+        time.sleep(self._draw.uniform(0, AT_RANDOM_S))
         begun = time.time()
         act()
         self.until(lambda: self.steady(workers, begun), what)

@@ -84,11 +84,14 @@ def test_variants(name, static, tmp_path, pytestconfig):
     assert "nan" not in done.out
 
 
-def test_a_rank_is_killed(static, tmp_path):
-    """The others go on with the step in flight; the replacement comes in the midst of an epoch."""
-    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3", "--hold"), ("custom", *EVERYTHING, "--kill", 13))
+@pytest.mark.parametrize(("at", "step"), [(("--kill", 13), 13), (("--kill", 20, "--evaluating"), 19)])
+def test_a_rank_is_killed(at, step, static, tmp_path, pytestconfig):
+    """The others go on with the step in flight, or with the evaluation; the replacement comes in the midst of an epoch."""
+    if len(at) > 2 and not pytestconfig.getoption("all_faults"):
+        pytest.skip("one of --all-faults")
+    done = run(tmp_path, ("--slots", 3, "--timetable", "2:3", "--hold"), ("custom", *EVERYTHING, *at))
     assert done.out == static("custom", *EVERYTHING)
-    assert [lost.step for lost in happened(tmp_path / "r", events.Lost)] == [13]
+    assert [lost.step for lost in happened(tmp_path / "r", events.Lost)] == [step]
     assert not happened(tmp_path / "r", events.Restarted)
 
 

@@ -1,6 +1,6 @@
 """Keras models of several kinds, each a plain Keras script made elastic by three lines, and the variants of `fit`.
 
-Usage: python models.py KIND [--epochs N] [--batch N] [--validate] [--early] [--kill STEP] ...
+Usage: python models.py KIND [--epochs N] [--batch N] [--validate] [--early] [--kill STEPS] ...
 """
 
 from __future__ import annotations
@@ -146,19 +146,27 @@ def parse():
     parser.add_argument("--rule", default="fixed", help="for the batch, which is that of a rank then, and the learning rate")
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--log", action="store_true", help="print what the leader alone should")
-    parser.add_argument("--kill", type=int, nargs="*", default=[], help="a rank kills itself in the step of this number")
+    parser.add_argument("--kill", type=int, help="a rank kills itself after so many steps")
+    parser.add_argument("--evaluating", action="store_true", help="it does so when it evaluates")
     return parser.parse_args()
 
 
 class Fatal(keras.callbacks.Callback):
-    """Kills the last rank of several at a step, or a single one, once."""
+    """Kills the last rank of several, or a single one, once: when a step is done, or when it evaluates after it."""
 
-    def __init__(self, job, steps):
+    def __init__(self, job, step, *, evaluating):
         super().__init__()
-        self.job, self.steps = job, steps
+        self.job, self.step, self.evaluating = job, step, evaluating
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002  (Keras's signature)
-        if int(self.model.optimizer.iterations) in self.steps and self.job.rank == self.job.size - 1 and first():
+        self.kill(evaluating=False)
+
+    def on_test_begin(self, logs=None):  # noqa: ARG002  (Keras's signature)
+        self.kill(evaluating=True)
+
+    def kill(self, *, evaluating):
+        here = int(self.model.optimizer.iterations), evaluating
+        if here == (self.step, self.evaluating) and self.job.rank == self.job.size - 1 and first():
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -200,7 +208,7 @@ def train(job):
     rest = [keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)] if given.early else []
     rest += [keras.callbacks.ReduceLROnPlateau("loss", patience=1)] if given.early else []
     elastic = he.keras.Elasticity(job, keep=rest, rule=given.rule)
-    others = [Fatal(job, given.kill)] if given.kill else []
+    others = [Fatal(job, given.kill, evaluating=given.evaluating)] if given.kill else []
     others += [he.keras.OnLeader(job, Log())] if given.log else []
     history = model.fit(
         he.keras.data(seen, batch=given.batch, **fields),
