@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WIDTH, CURVE_HEIGHT, RANKS_HEIGHT = 9.0, 2.2, 2.0  # inches
 COLOURS = ("#1f5fa8", "#d9822b", "#3a8f5c", "#8a5fb0")
 DECADES = 30  # a loss that has fallen by more is drawn by its logarithm
+SVG_DPI = 72  # what an SVG is drawn with
 INK, FAINT = "#333333", "#d8d8d8"
 # What happened: colour, and the marker in the ranks' panel.
 MARKS = {
@@ -66,6 +67,9 @@ def draw(run: RunDirectory, path: Path) -> None:
     with mpl.rc_context(STYLE):
         script = next((event.script for event in happened if isinstance(event, Started)), "")
         figure = _figure(f"{script}, {run.path.name}", course)
+        # Laid out as for pixels: the SVG renderer takes text for narrower than it is drawn, and cuts labels off.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         try:
             figure.savefig(path, format="svg", metadata={"Date": None})
         except OSError as error:
@@ -79,7 +83,7 @@ def _figure(title: str, course: Sequence[Value | Change]) -> Any:
     values = [entry for entry in course if isinstance(entry, Value)]
     families = _families(values)
     heights = [CURVE_HEIGHT] * len(families) + [RANKS_HEIGHT]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=SVG_DPI, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     last = max(entry.step for entry in course)
