@@ -150,6 +150,7 @@ def library(shards, tmp_path):
     return write
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_code_that_has_changed(library, start, tmp_path):
     """The parent has what was there before: it goes, and another one is started, though the first one's child lives on."""
     with start(*library("VALUE = 1\n")) as job:
