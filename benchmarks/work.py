@@ -14,26 +14,27 @@ import numpy as np
 if TYPE_CHECKING:
     import hpc_elastic as he
 
-SIDE = 28
+SIDE, DRAWN = 28, 4096
 ROW = np.dtype([("time", "f8"), ("step", "i8"), ("size", "i8"), ("member", "i8")])
 
 Gradients = Callable[["he.Microbatch"], list[np.ndarray]]
 
 
 class Images:
-    """Random images in memory."""
+    """Random images in memory: a few, over and over, so that newcomers need not draw many."""
 
     chunk_samples = None
 
     def __init__(self, n: int) -> None:
-        self._image = np.random.default_rng(0).integers(0, 256, (n, SIDE, SIDE), np.uint8)
+        self._n = n
+        self._image = np.random.default_rng(0).integers(0, 256, (DRAWN, SIDE, SIDE), np.uint8)
 
     def __len__(self) -> int:
-        return len(self._image)
+        return self._n
 
     def gather(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Return some of them, with labels."""
-        return {"image": self._image[samples], "label": samples % 2}
+        return {"image": self._image[samples % DRAWN], "label": samples % 2}
 
 
 def gradients_of(kind: str, width: int = 8) -> Gradients:

@@ -5,8 +5,9 @@
     python -I -S agent.py RUN own QUIET_S           beside the supervisor, for the job's own host: nothing ends with it
     python -I -S agent.py --sentinel RUN N          a step in that, which is told when the companion is to go
 
-Run by path, it imports nothing of the package. The companion ends with it, and nobody else has to be there for that: with
-its script, or by the agent's own word to Slurm. In the run directory, below ``companions``, it
+Run by path, it imports nothing of the package; `keeper` it loads by its path. The companion ends with it, and nobody else
+has to be there for that: with its script, or by the agent's own word to Slurm. In the run directory, below ``companions``,
+it
 
 - writes ``N.held.json``: where it is, and what it may use; then touches ``N.beat`` four times a second, as its sign of life;
 - runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer;
@@ -28,8 +29,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
+    from hpc_elastic.keeper import Keeper
+
 POLL_S, LOOK_S = 0.005, 0.25
-WARM_TRIES, WARM_BACK_OFF_S = 5, 5.0  # to start a warm parent; until the next one, doubling
 GRACE_S = 5.0  # for guards to end their ranks
 LONGEST_PAUSE_S = 8.0  # between tries to have Slurm end the companion
 GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
@@ -46,8 +48,7 @@ class Agent:
         self.sentinel: subprocess.Popen[bytes] | None = None
         self.seen: dict[str, float] = {}
         self.quiet_since = time.monotonic()
-        self.warm: subprocess.Popen[bytes] | None = None
-        self.warm_tries, self.warm_next, self.warm_back_off_s = WARM_TRIES, 0.0, WARM_BACK_OFF_S
+        self.keeper: Keeper | None = None  # of this host's warm parent, if the job has some
 
     def file(self, kind: str) -> str:
         """Return the path of what this agent says, or is told."""
@@ -170,28 +171,13 @@ class Agent:
 
     def keep_warm(self) -> None:
         """Start this host's warm parent, if the job has some and it is not there; it ends by itself, or with the agent."""
-        if (self.warm is not None and self.warm.poll() is None) or not self.warm_tries or time.monotonic() < self.warm_next:
-            return
-        import json
-        import subprocess
-
-        folder = os.path.join(self.run, "warm")
-        try:
-            with open(os.path.join(folder, "spec.json"), "rb") as file:
-                spec = json.load(file)
-            log = os.open(os.path.join(folder, f"{os.uname().nodename}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except (OSError, ValueError):
-            return
-        self.warm_tries, self.warm_next = self.warm_tries - 1, time.monotonic() + self.warm_back_off_s
-        self.warm_back_off_s *= 2
-        try:
-            self.warm = subprocess.Popen(
-                spec["command"], env=spec["environ"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        except (OSError, KeyError) as problem:
-            print(f"hpc_elastic: no warm parent: {problem}", flush=True)
-        finally:
-            os.close(log)
+        if self.keeper is None:
+            if not os.path.exists(os.path.join(self.run, "warm", "spec.json")):
+                return
+            self.keeper = load_keeper(self.run)
+        problem = self.keeper.start() if self.keeper.due() else ""
+        if problem:
+            print(f"hpc_elastic: {problem}", flush=True)
 
     def over(self) -> str:
         """Return why the job needs nobody any more, or nothing."""
@@ -225,7 +211,7 @@ class Agent:
         """End all that was started here, and say why."""
         import subprocess
 
-        for guard in (*self.guards.values(), *([self.warm] if self.warm is not None else [])):
+        for guard in self.guards.values():
             guard.terminate()
         deadline = time.monotonic() + GRACE_S
         for guard in self.guards.values():
@@ -233,6 +219,8 @@ class Agent:
                 guard.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 guard.kill()
+        if self.keeper is not None:
+            self.keeper.end()  # not before, as the guards ask it how their ranks have ended
         if self.sentinel is not None:
             self.sentinel.terminate()
         try:
@@ -282,6 +270,19 @@ class Agent:
                 return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def load_keeper(run: str) -> Keeper:
+    """Return who keeps the warm parent."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("keeper", os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    keeper: Keeper = module.Keeper(run)
+    return keeper
 
 
 def say_term(run: str, number: str) -> None:

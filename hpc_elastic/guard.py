@@ -55,6 +55,16 @@ def request(command: list[str]) -> bytes:
     return b"\0".join([os.fsencode(each) for each in (*fields, *(f"{k}={v}" for k, v in os.environ.items()))])
 
 
+def unready(place: str) -> str:
+    """Return why no warm parent listens at `place`; nothing, if there is none."""
+    try:
+        with open(f"{place}.refused", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        # One that is importing has its lock, and does not listen yet.
+        return "it was not ready" if os.path.exists(f"{place}.lock") else ""
+
+
 class Guard:
     """The guard of one rank: a seed; with `path`, a newcomer; without `run`, somebody who stands in for one."""
 
@@ -130,8 +140,7 @@ class Guard:
             else:
                 why = answer[1:].decode(errors="replace") or "it has ended"
         except (FileNotFoundError, ConnectionRefusedError):
-            # One that is importing has its lock, and does not listen yet.
-            why = "it was not ready" if os.path.exists(os.path.join(place, f"{host}.lock")) else ""
+            why = unready(os.path.join(place, host))
         except TimeoutError:
             why = f"it did not answer within {ASK_S:g} s"
         except OSError as problem:

@@ -18,7 +18,7 @@ RUN/                 mode 0700
     inbox/*.json     requests, put there by an atomic rename
     answers/*.json   what became of them
     companions/N.*   what the agent of companion N, another allocation, says; companions/N/ what it is to start
-    warm/            what warm parents import (`hpc_elastic.warm`), and where they are: HOST.sock, HOST.lock, HOST.log
+    warm/            what warm parents import (`hpc_elastic.warm`); of each: HOST.sock, HOST.lock, HOST.log, HOST.refused
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
     ledger/          consumed samples, if asked for
     tensorboard/     the log that `hpc-elastic tensorboard` writes

@@ -3,9 +3,9 @@
     python -m hpc_elastic.warm RUN
 
 In the run directory, below ``warm``, it reads ``spec.json``; locks ``HOST.lock``, of which the kernel lets go when it ends;
-writes ``HOST.log``; and when it is ready listens at ``HOST.sock``. There a newcomer's guard asks it for a process, and
-sends the descriptors and variables that this is to have. It forks, and tells the guard in the end how the process has ended,
-which only a parent gets to know. Who is not served starts as ever.
+writes ``HOST.log``, and ``HOST.refused`` if it finds that it can't serve; and when it is ready listens at ``HOST.sock``.
+There a newcomer's guard asks it for a process, and sends the descriptors and variables that this is to have. It forks, and
+tells the guard in the end how the process has ended, which only a parent gets to know. Who is not served starts as ever.
 
 Some children it forks ahead of time, each for one newcomer, which import what needs MPI and then wait.
 
@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -47,7 +48,7 @@ NICENESS = 5  # a quarter of a core that is busy
 LARGEST = 1 << 18  # bytes of a request
 SETTLE_S = 1.0
 AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
-STALE = 3  # exit code: another one is to be started
+LONGEST_PAUSE_S = 30.0  # after ones that failed, each time twice as long; then no more
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
 
@@ -66,7 +67,7 @@ class NoMpi(importlib.abc.MetaPathFinder):
         return None
 
 
-def preload(names: list[str]) -> dict[str, str]:
+def preload(names: Iterable[str]) -> dict[str, str]:
     """Import the modules `names`; return why some could not be, by name."""
     problems, refusing = {}, NoMpi()
     sys.meta_path.insert(0, refusing)
@@ -84,7 +85,7 @@ def preload(names: list[str]) -> dict[str, str]:
     return problems
 
 
-def preload_gently(names: list[str]) -> dict[str, str]:
+def preload_gently(names: Iterable[str]) -> dict[str, str]:
     """Do that in a thread of low priority. In Linux every thread has its own, and only it gets slow."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
@@ -127,6 +128,7 @@ class WarmParent:
     children: list[Child] = field(default_factory=list)
     waiting: list[Child] = field(default_factory=list)
     next_ahead: float = 0.0
+    pause_s: float = AHEAD_S
     next_beats: float = 0.0
     beats: dict[str, int] = field(default_factory=dict)
     quiet_since: float = field(default_factory=time.monotonic)
@@ -135,7 +137,7 @@ class WarmParent:
 
     def __post_init__(self) -> None:
         self.folder = self.run / "warm"
-        self.socket = self.folder / f"{HOST}.sock"
+        self.socket, self.refused = self.folder / f"{HOST}.sock", self.folder / f"{HOST}.refused"
         self.spec = msgspec.json.decode((self.folder / "spec.json").read_bytes(), type=warmth.Spec)
         self.born = dict(os.environ)
         self.dispositions = {number: signal.getsignal(number) for number in IGNORED}
@@ -200,8 +202,16 @@ class WarmParent:
         gc.freeze()  # so that collections in the children don't touch, and thereby copy, what is shared
         return ""
 
+    def refuse(self, why: str) -> None:
+        """Say so to guards, and to those that would start another one."""
+        beside = self.folder / f".{self.refused.name}.{os.getpid()}"
+        with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(why)
+        beside.rename(self.refused)
+
     def listen(self) -> None:
         """Be there for guards."""
+        self.refused.unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -233,8 +243,18 @@ class WarmParent:
                 self.next_look = time.monotonic() + LOOK_S
                 if self.over() and not self.children:
                     break
-        self.socket.unlink(missing_ok=True)
+        if not self.stale:  # then it would be another one's
+            self.socket.unlink(missing_ok=True)
         return None
+
+    def retire(self) -> None:
+        """Make room for another one, and serve only those that were forked, until they have ended."""
+        self.stale = True
+        self.listener.close()
+        self.socket.unlink(missing_ok=True)
+        os.close(self.locked)
+        for child in self.waiting:
+            child.line.close()  # which ends it
 
     def answer(self) -> Newborn | None:
         """Answer one guard; in the process that it gets, return what that is to be."""
@@ -245,7 +265,7 @@ class WarmParent:
             data, descriptors, _, _ = socket.recv_fds(line, LARGEST, 8)
             why = self.unfit(line, data)
             if not why:
-                self.next_ahead = time.monotonic() + AHEAD_S
+                self.next_ahead = max(self.next_ahead, time.monotonic() + AHEAD_S)
                 return self.fork(line, data, descriptors)
             line.send(b"n" + why.encode())
         except (OSError, ValueError) as problem:
@@ -261,17 +281,21 @@ class WarmParent:
         _, user, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user != os.geteuid():
             return f"it serves user {os.geteuid()}, and user {user} asks"
-        now = warmth.stamps(self.spec.modules, self.spec.path)
-        why = warmth.mismatch(warmth.unpacked(data), self.born, self.stamps, now)
+        asked, now = warmth.unpacked(data), warmth.stamps(self.spec.modules, self.spec.path)
+        why = warmth.mismatch(asked, self.born, self.stamps, now)
         if why:
-            self.stale = True  # whoever starts the next one does that with the files and variables of then
-            self.listener.close()
-            self.socket.unlink(missing_ok=True)
+            self.retire()  # whoever starts the next one does that with the files and variables of then
             print(f"not served: {why}", flush=True)
         return why
 
-    def forked(self) -> int:
-        """Fork; return the new process's number, or 0 in that, which has then nothing of what is the parent's alone."""
+    def forked(self, line: socket.socket) -> Child | None:
+        """Fork; return the new process, with `line`, or in that None: it has then nothing of what is the parent's alone.
+
+        Raises
+        ------
+        OSError
+            If there can't be another process; never in the new one.
+        """
         sys.stdout.flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -283,7 +307,13 @@ class WarmParent:
                 os.close(child.descriptor)
                 child.line.close()
             self.children, self.waiting = [], []
-        return pid
+            return None
+        try:
+            return Child(pid, os.pidfd_open(pid), line)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def fork(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn | None:
         """Give a guard a process that waits, or a new one; in that, return what it is to be."""
@@ -291,17 +321,17 @@ class WarmParent:
         if child is not None:
             try:
                 socket.send_fds(child.line, [data], [line.fileno(), *descriptors])
-            except OSError:  # it has just ended
+            except OSError:  # it has just ended, or does now
+                child.line.close()
                 self.bury(child)
                 child = None
             else:
                 child.line.close()
-                child.line = line
+                child.line, self.pause_s = line, AHEAD_S
         if child is None:
-            pid = self.forked()
-            if pid == 0:
+            child = self.forked(line)
+            if child is None:
                 return self.newborn(line, data, descriptors)
-            child = Child(pid, os.pidfd_open(pid), line)
         for descriptor in descriptors:
             os.close(descriptor)
         self.children.append(child)
@@ -311,21 +341,36 @@ class WarmParent:
 
     def fork_ahead(self) -> Newborn | None:
         """Fork a process that gets ready and waits; in that, return what it is to be when it is wanted."""
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = self.forked()
-        if pid:
+        try:
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            self.put_off()
+            return None
+        try:
+            child = self.forked(mine)
+        except OSError:
+            mine.close()
             theirs.close()
-            self.waiting.append(Child(pid, os.pidfd_open(pid), mine))
+            self.put_off()
+            return None
+        if child is not None:
+            theirs.close()
+            self.waiting.append(child)
             return None
         mine.close()
         for name in (WORKER, *(name for name in self.spec.modules if name.startswith(f"{__package__}."))):
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):  # the newcomer says it, when it does that itself
                 importlib.import_module(name)
         data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
         if not data:
             os._exit(0)  # the parent has ended
         theirs.close()
         return self.newborn(socket.socket(fileno=descriptors[0]), data, descriptors[1:])
+
+    def put_off(self) -> None:
+        """Fork none ahead for a while, as that failed, and at last none any more; newcomers are forked all the same."""
+        self.next_ahead = time.monotonic() + self.pause_s if self.pause_s <= LONGEST_PAUSE_S else float("inf")
+        self.pause_s *= 2
 
     def newborn(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn:
         """Return what this process is to be, once its guard has said that it is still wanted."""
@@ -349,6 +394,7 @@ class WarmParent:
                 child.line.send(f"{status} {usage.ru_maxrss}".encode())
         elif child in self.waiting:
             self.waiting.remove(child)
+            self.put_off()
         child.line.close()
         os.close(child.descriptor)
 
@@ -360,12 +406,13 @@ def main() -> None:
         return
     why = parent.warm_up()
     if why:
+        parent.refuse(why)
         sys.exit(f"no newcomers from here: {why}")
     parent.listen()
     newborn = parent.serve()
     if newborn is None:
         sys.stdout.flush()
-        os._exit(STALE if parent.stale else 0)  # what libraries do at the end of a process is not for one that used none
+        os._exit(0)  # what libraries do at the end of a process is not for one that used none
     del parent
     be_born(newborn)
 

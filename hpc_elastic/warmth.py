@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import site
 import sys
 import sysconfig
@@ -24,9 +25,9 @@ Stamp = tuple[int, int, int]  # inode, size in bytes, time of change in ns
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a warm parent is started with: names of `modules`, the `path` to find them, its `command` and environment."""
+    """What a warm parent is started with: the file of each module, Python's `path`, its `command` and environment."""
 
-    modules: list[str]
+    modules: dict[str, str]
     path: list[str]
     command: list[str]
     environ: dict[str, str]
@@ -79,15 +80,15 @@ def outside() -> tuple[Path, ...]:
     return (*(Path(path) for path in dict.fromkeys(found)), PACKAGE)
 
 
-def preloadable(modules: Mapping[str, ModuleType], folders: Sequence[Path]) -> list[str]:
-    """Return the names of those `modules` that lie below `folders`, in their order, as far as they can go without MPI.
+def preloadable(modules: Mapping[str, ModuleType], folders: Sequence[Path]) -> dict[str, str]:
+    """Return the files of those `modules` that lie below `folders`, by name, in order, as far as they can go without MPI.
 
     Those of the user's own are left out, so that no newcomer runs code that has changed since, and those that hold MPI. A
     module is known by its specification, and is not touched otherwise: some load what they stand for when they are.
     """
     prefixes = tuple(f"{folder}/" for folder in folders)
     mpi = modules.get(MPI)
-    found = []
+    found = dict[str, str]()
     for name, module in modules.items():
         held = _held(module)
         spec = held.get("__spec__")
@@ -96,7 +97,7 @@ def preloadable(modules: Mapping[str, ModuleType], folders: Sequence[Path]) -> l
             continue
         if name in ("__main__", MPI) or (mpi is not None and any(value is mpi for value in held.values())):
             continue
-        found.append(name)
+        found[name] = origin
     return found
 
 
@@ -108,21 +109,35 @@ def _held(module: object) -> Mapping[str, object]:
     return held
 
 
-def stamps(modules: Iterable[str], path: Iterable[str]) -> dict[str, Stamp]:
-    """Return the stamps of this package's files, and of what starts each distribution that `modules` belong to."""
+def stamps(modules: Mapping[str, str], path: Iterable[str]) -> dict[str, Stamp]:
+    """Return the stamps of this package's files, of those of `modules`, and of what `path` has for their packages now.
+
+    What modules read besides their own file, such as data and libraries, is not among these.
+
+    Parameters
+    ----------
+    modules : mapping
+        File of each module, by name.
+    path : iterable of str
+        Where Python looks for packages.
+    """
+    mine = f"{PACKAGE.name}."
     tops = sorted({name.partition(".")[0] for name in modules} - {PACKAGE.name} - sys.stdlib_module_names)
-    found = {str(file): _stamp(file) for file in sorted(PACKAGE.rglob("*.py"))}
+    found = {str(file): _stamp(str(file)) for file in sorted(PACKAGE.rglob("*.py"))}
     for top in tops:
         for folder in path:
-            for file in (Path(folder, top, "__init__.py"), Path(folder, f"{top}.py")):
+            for file in (f"{folder}/{top}/__init__.py", f"{folder}/{top}.py"):
                 if (stamp := _stamp(file)) is not None:
                     found.setdefault(top, stamp)
+    for name, file in modules.items():
+        if name not in found and not name.startswith(mine):
+            found[name] = _stamp(file)
     return {name: stamp for name, stamp in found.items() if stamp is not None}
 
 
-def _stamp(file: Path) -> Stamp | None:
+def _stamp(file: str) -> Stamp | None:
     try:
-        found = file.stat()
+        found = os.stat(file)  # noqa: PTH116  (of thousands, and a newcomer waits)
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -56,7 +56,8 @@ class Job:
         self._temporary = folder / f"tmp-{self.mark[:8]}"
         self._temporary.mkdir()
         own = {MARK: self.mark, "PYTHONPATH": str(ROOT), "TMPDIR": str(self._temporary)}
-        environment = {**os.environ, **(environ or {}), **own}
+        # Most tests are over before a warm parent would be of use.
+        environment = {"HPC_ELASTIC_WARM": "off", **os.environ, **(environ or {}), **own}
         prepare(environment)
         apart: list[str] = []
         if self._own_memory is not None:

@@ -361,4 +361,3 @@ class Leader:
         if self._under_way is not None:
             self._again(FAREWELL_S)
         self.reports.end(here, self.world, self.office, stopped=stopped)
-        self._warming.end()

@@ -85,6 +85,7 @@ def test_newcomers_are_forked(start, tmp_path):
         assert parent(run) == first
         stopped(job, run)
     assert all(run.end_of(number).code == 0 for number in range(1, 5))
+    assert not (run.path / "warm" / f"{HOST}.sock").exists()
 
 
 def test_same_bits(shards, start, tmp_path):
@@ -96,8 +97,12 @@ def test_same_bits(shards, start, tmp_path):
         parent(run)
         assert [*resized(run, 3), *resized(run, 1), *resized(run, 4)] == ["warm"] * 5
         assert job.wait().value("sha256") == static
+    ends = [run.end_of(number) for number in range(6)]
+    assert [(end.code, end.signal, end.last_words) for end in ends] == [(0, 0, "")] * 6
+    assert all(end.peak_bytes > 0 for end in ends)
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_parent_that_is_killed(start, tmp_path):
     """Its newcomers go on; the next one starts by itself, and later ones are forked again."""
     with start() as job:
@@ -126,25 +131,49 @@ def test_parent_that_stalls(start, tmp_path):
         stopped(job, run)
 
 
-def test_code_that_has_changed(shards, start, tmp_path):
-    """The parent has what was there before: it ends, and another one is started."""
-    library = tmp_path / "library"
-    library.mkdir()
-    (library / "installed.py").write_text("VALUE = 1\n")
-    path = tmp_path / "script.py"
-    # As if it lay in site-packages, which no test may write to.
-    path.write_text(
-        f"import sys; sys.path.append({str(library)!r})\nimport installed\nfrom pathlib import Path\n"
-        f"from hpc_elastic import warmth\nusual = warmth.outside\n"
-        f"warmth.outside = lambda: (*usual(), Path({str(library)!r}))\n" + (SCRIPTS / "softmax.py").read_text()
-    )
-    with start(path, *script(shards)[1:]) as job:
+@pytest.fixture
+def library(shards, tmp_path):
+    """Write a module, as if it lay in site-packages, which no test may write to; return the job that imports it."""
+    folder = tmp_path / "library"
+    folder.mkdir()
+
+    def write(content):
+        (folder / "installed.py").write_text(content)
+        path = tmp_path / "script.py"
+        path.write_text(
+            f"import sys; sys.path.append({str(folder)!r})\nimport installed\nfrom pathlib import Path\n"
+            f"from hpc_elastic import warmth\nusual = warmth.outside\n"
+            f"warmth.outside = lambda: (*usual(), Path({str(folder)!r}))\n" + (SCRIPTS / "softmax.py").read_text()
+        )
+        return [path, *script(shards)[1:]]
+
+    return write
+
+
+@pytest.mark.usefixtures("all_faults")
+def test_code_that_has_changed(library, start, tmp_path):
+    """The parent has what was there before: it goes, and another one is started, though the first one's child lives on."""
+    with start(*library("VALUE = 1\n")) as job:
         run = under_way(tmp_path / "r")
         first = parent(run)
-        (library / "installed.py").write_text("VALUE = 22\n")
-        assert resized(run, 2) == ["cold: installed changed since it was imported"]
+        assert resized(run, 2) == ["warm"]
+        library("VALUE = 22\n")
+        assert resized(run, 3) == ["cold: installed changed since it was imported"]
         assert parent(run, 2) != first
-        assert resized(run, 3) == ["warm"]
+        assert resized(run, 4) == ["warm"]
+        assert Path(f"/proc/{first}").exists()
+        stopped(job, run)
+    assert all(run.end_of(number).code == 0 for number in range(4))
+
+
+@pytest.mark.usefixtures("all_faults")
+def test_parent_that_can_not_serve(library, start, tmp_path):
+    """It is not started again and again, and newcomers say why they came cold."""
+    content = "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
+    with start(*library(content)) as job:
+        run = under_way(tmp_path / "r")
+        until((run.path / "warm" / f"{HOST}.refused").exists)
+        assert resized(run, 2) == ["cold: what it imports goes on in 1 threads, which a fork does not take along"]
         stopped(job, run)
 
 
@@ -181,11 +210,15 @@ def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
 
 @HEAVY
 @pytest.mark.tensorflow
+@pytest.mark.usefixtures("all_faults")
 def test_tensorflow(tmp_path):
-    """A newcomer has little memory of its own."""
+    """The same bits; and a newcomer has little memory of its own."""
     prepare("digits", "upright", tmp_path / "digits-upright")
-    job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "60")
-    with Job(hpc_elastic("run", "--run-dir", "r", "--slots", 2, *job_of), folder=tmp_path, limit_s=180) as job:
+    job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "150")
+    with Job(hpc_elastic("run", "--run-dir", "s", *job_of), folder=tmp_path, limit_s=180) as job:
+        static = job.wait().value("sha256")
+    command = hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--set", "warm=auto", *job_of)
+    with Job(command, folder=tmp_path, limit_s=180) as job:
         run = under_way(tmp_path / "r")
         parent(run)
         assert resized(run, 2) == ["warm"]
@@ -193,5 +226,5 @@ def test_tensorflow(tmp_path):
         rollup = Path(f"/proc/{newcomer}/smaps_rollup").read_text().splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
         assert kib["Private_Clean"] + kib["Private_Dirty"] < 150 * 1024
-        done = stopped(job, run)
-    assert done.code == 0
+        assert job.wait().value("sha256") == static
+    assert [run.end_of(number).code for number in range(2)] == [0, 0]

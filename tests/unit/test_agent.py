@@ -198,3 +198,21 @@ def test_keeps_a_warm_parent_where_the_job_has_some(run, agent, tmp_path):
     process.terminate()
     process.wait(LIMIT_S)
     until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_the_warm_parent_is_ended_last(run, agent, tmp_path):
+    """The guards ask it how their ranks have ended."""
+    process = agent()
+    begun, gone, note = tmp_path / "begun", tmp_path / "gone", tmp_path / "note"
+    wait = "while :; do sleep 0.01; done"
+    told = f'trap "[ -e {gone} ] && echo after > {note} || echo before > {note}; exit" TERM'
+    spec = {"command": ["/bin/sh", "-c", f"{told}; touch {begun}; {wait}"], "environ": {"PATH": os.environ["PATH"]}}
+    run.put(run.path / "warm" / "spec.json", spec)
+    ready = tmp_path / "ready"
+    ending = f'trap "sleep 0.3; touch {gone}; exit" TERM; touch {ready}; {wait}'
+    order(run, 1, "/bin/sh", "-c", ending, PATH=os.environ["PATH"])
+    until(lambda: ready.exists() and begun.exists())
+    process.terminate()
+    process.wait(LIMIT_S)
+    until(lambda: note.exists() and note.read_text())
+    assert note.read_text() == "after\n"

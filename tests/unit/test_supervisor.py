@@ -629,6 +629,7 @@ def test_resume_a_run_that_was_stopped(start, tmp_path, monkeypatch):
         "ranks": 2,
         "max": 3,
         "stall_s": 7.0,
+        "warm": "off",  # as all jobs of tests have it
     }
     assert RunDirectory(tmp_path / "r").launch().settings == settings
     assert done.value("resumed").split()[-2] == "0", "the old request has been answered"

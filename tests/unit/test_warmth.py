@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import subprocess
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -55,7 +57,11 @@ def test_installed_modules_without_mpi_are_preloaded():
         "lazy": touchy,
         "__main__": module("__main__", "/lib/runpy.py"),
     }
-    assert warmth.preloadable(found, (Path("/lib/json"), Path("/lib/site"))) == ["json", "numpy", "mpi4py"]
+    assert warmth.preloadable(found, (Path("/lib/json"), Path("/lib/site"))) == {
+        "json": "/lib/json/__init__.py",
+        "numpy": "/lib/site/numpy/__init__.py",
+        "mpi4py": "/lib/site/mpi4py/__init__.py",
+    }
 
 
 def test_request_is_read_as_it_was_written(monkeypatch, tmp_path):
@@ -106,19 +112,26 @@ def test_stamps_tell_of_another_version(tmp_path):
     for folder in (first, second):
         (folder / "library").mkdir(parents=True)
     (second / "library" / "__init__.py").write_text("")
-    names, path = ["library.deep", "json", "hpc_elastic"], [str(first), str(second)]
-    before = warmth.stamps(names, path)
+    (second / "library" / "deep.py").write_text("")
+    files = {"library": second / "library" / "__init__.py", "library.deep": second / "library" / "deep.py"}
+    names, path = {name: str(file) for name, file in files.items()}, [str(first), str(second)]
+    before = warmth.stamps({**names, "hpc_elastic.guard": f"{PACKAGE}/guard.py"}, path)
     assert f"{PACKAGE}/guard.py" in before
-    assert "json" not in before
-    (second / "library" / "__init__.py").write_text("VERSION = 2\n")
-    after = warmth.stamps(names, path)
-    assert {name for name in after if after[name] != before[name]} == {"library"}
+    assert before.keys() >= names.keys()
+    for name, file in files.items():
+        file.write_text("VERSION = 2\n")
+        after = warmth.stamps(names, path)
+        assert {name for name in after if after[name] != before[name]} == {name}
+        before = after
     (first / "library" / "__init__.py").write_text("")  # now found before the other one
-    assert warmth.stamps(names, path)["library"] != after["library"]
+    assert warmth.stamps(names, path)["library"] != before["library"]
+    files["library.deep"].unlink()
+    assert "library.deep" not in warmth.stamps(names, path)
 
 
 PRELOAD = """
 import sys
+import time
 from hpc_elastic.warm import preload
 sys.path.insert(0, sys.argv[1])
 found = preload(["asks", "asks.deep", "fails", "json"])
@@ -159,3 +172,127 @@ def test_each_draws_random_numbers_of_its_own():
         newborn.reseed()
         drawn |= {random.random(), np.random.random()}  # noqa: NPY002
     assert len(drawn) == 6
+
+
+# --- the parent, in a process of its own ----------------------------------------------------------------------------------
+
+HOST = os.uname().nodename
+
+
+@pytest.fixture
+def parents(tmp_path):
+    """Start warm parents of a run that imports next to nothing; `environ` is theirs, `setup` runs in them before."""
+    (tmp_path / "warm").mkdir()
+    (tmp_path / "ranks").mkdir()
+    started = []
+
+    def start(setup="", modules=(), **environ):
+        environ = {**os.environ, **environ}
+        spec = warmth.Spec(modules=dict(modules), path=[*sys.path, str(tmp_path)], command=[], environ=environ)
+        (tmp_path / "warm" / "spec.json").write_bytes(msgspec.json.encode(spec))
+        program = f"import sys; sys.argv[1:] = [{str(tmp_path)!r}]\nfrom hpc_elastic import warm\n{setup}\nwarm.main()"
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([sys.executable, "-c", program], env=environ, stdout=pipe, stderr=subprocess.STDOUT)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def until(done, limit_s=20.0):
+    deadline = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def pid_of(tmp_path):
+    """Return the pid of the parent that listens, of whom a guard asks."""
+    return int((tmp_path / "warm" / f"{HOST}.lock").read_text() or 0)
+
+
+def serves(tmp_path, process):
+    socket_there = (tmp_path / "warm" / f"{HOST}.sock").exists()
+    return socket_there and pid_of(tmp_path) == process.pid
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """Ask as a guard does; return the answer and the line, which the child takes for its guard's."""
+    with contextlib.ExitStack() as stack:
+
+        def asking(**environ):
+            monkeypatch.setattr(os, "environ", {**os.environ, **environ})
+            line = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            line.settimeout(20)
+            folder = os.open(tmp_path / "warm", os.O_RDONLY)
+            line.connect(f"/proc/self/fd/{folder}/{HOST}.sock")
+            os.close(folder)
+            command = [sys.executable, "-m", "hpc_elastic.worker", str(tmp_path), "1"]
+            socket.send_fds(line, [guard.request(command)], [1, 2])
+            answer, descriptors, _, _ = socket.recv_fds(line, 4096, 1)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return answer.decode(), line
+
+        yield asking
+
+
+def test_stale_parent_makes_room_while_it_has_a_child(parents, ask, tmp_path):
+    """And leaves the next one's socket where it is."""
+    first = parents("warm.GO_S = 60")
+    until(lambda: serves(tmp_path, first))
+    answer, line = ask()
+    assert answer[0] == "f"
+    refusal, _ = ask(NEW="1")
+    assert refusal == "nthe environment differs in NEW"
+    second = parents(NEW="1")
+    until(lambda: serves(tmp_path, second))
+    assert first.poll() is None  # as its child waits for a word
+    line.shutdown(socket.SHUT_WR)
+    assert line.recv(100).split()[0] == b"0"  # how the child has ended
+    assert first.wait(20) == 0
+    assert serves(tmp_path, second)
+    assert ask(NEW="1")[0][0] == "f"
+
+
+def test_parent_that_can_not_fork_ahead_serves_later(parents, ask, tmp_path):
+    """As where there may be no more processes."""
+    setup = """
+import os
+usual, times = os.fork, []
+def fork():
+    times.append(0)
+    if 1 < len(times) < 4:  # the first one is its look for threads
+        raise BlockingIOError(11, "no more processes")
+    return usual()
+os.fork = fork
+"""
+    parent = parents(setup)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    until(lambda: serves(tmp_path, parent) and len(children.read_text().split()) == warm.AHEAD)
+    assert ask()[0][0] == "f"
+
+
+def test_those_that_die_as_they_wait_are_forked_less_and_less_often(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(warm.time, "monotonic", lambda: clock[0])
+    parent = SimpleNamespace(pause_s=warm.AHEAD_S, next_ahead=0.0)
+    pauses = []
+    for _ in range(6):
+        warm.WarmParent.put_off(parent)
+        pauses.append(parent.next_ahead)
+    assert pauses == [1, 2, 4, 8, 16, float("inf")]
+
+
+def test_parent_with_threads_says_why_it_does_not_serve(parents, tmp_path):
+    file = tmp_path / "goes_on.py"
+    file.write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()\n")
+    parent = parents("warm.SETTLE_S = 0.1", {"goes_on": str(file)})
+    assert parent.wait(20) == 1
+    why = "what it imports goes on in 1 threads, which a fork does not take along"
+    assert guard.unready(str(tmp_path / "warm" / HOST)) == why
