@@ -112,9 +112,11 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Draw the bar."""
+        """Draw the bar, and put the epoch's metrics into the events, the validation's too."""
         self._quiet()
         super().on_epoch_end(epoch, logs)
+        if not self._job.stopped:  # else the epoch is not over, and goes on when the job is resumed
+            self._job.log(**{name: value for name, value in (logs or {}).items() if name != "loss"})  # which is there
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""
