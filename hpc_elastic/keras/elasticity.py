@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from ..errors import ConfigError
 from . import rules, settings
@@ -116,7 +117,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._quiet()
         super().on_epoch_end(epoch, logs)
         if not self._job.stopped:  # else the epoch is not over, and goes on when the job is resumed
-            self._job.log(**{name: value for name, value in (logs or {}).items() if name != "loss"})  # which is there
+            found = {name: value for name, value in (logs or {}).items() if name != "loss"}  # which is there
+            self._job.log(**{name: value for name, value in found.items() if np.ndim(value) == 0})
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""
