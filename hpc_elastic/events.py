@@ -255,19 +255,36 @@ class EventLog:
                 os.truncate(self._path, whole)
 
 
-def read(path: Path) -> list[AnyEvent]:
-    """Return the events in the file `path`; a last line still being written is left out, a missing file is empty.
+class Reader:
+    """Reads the events in the file `path`, each once, as they are written."""
 
-    Raises
-    ------
-    RunDirectoryError
-        If a line is not an event.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    return [_decoded(path, number, line) for number, line in enumerate(lines, 1)]
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._lines = path, 0, 0
+
+    def read(self) -> list[AnyEvent]:
+        """Return the events that are new; a last line still being written is left out, a missing file is empty.
+
+        Raises
+        ------
+        RunDirectoryError
+            If a line is not an event.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        lines = data.split(b"\n")[:-1]
+        found = [_decoded(self._path, number, line) for number, line in enumerate(lines, self._lines + 1)]
+        self._offset += data.rfind(b"\n") + 1
+        self._lines += len(lines)
+        return found
+
+
+def read(path: Path) -> list[AnyEvent]:
+    """Return the events in the file `path`, as `Reader` does."""
+    return Reader(path).read()
 
 
 def _decoded(path: Path, number: int, line: bytes) -> AnyEvent:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import socket
 import time
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from . import events
 from .course import Back, Change, Course, Entry
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 1.0
 FAILED_S = 10.0  # after a failure: until then its supervisor has said that it starts the job again
-SUFFIX = "hpc_elastic"  # of the log's name, to find it again
+SUFFIX = "hpc_elastic-"  # of the log's name, with that of the run, to find it again
 
 
 class Log:
@@ -27,17 +28,17 @@ class Log:
 
     Parameters
     ----------
-    file : BinaryIO
-        Opened for writing.
+    path : Path
+        The file, which is made anew, but not where TensorBoard is missing.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._session, self._summary = Event, SessionLog, Summary
-        self._records = RecordWriter(file)
+        self._records = RecordWriter(path.open("wb"))
         # From version 2 on, the start of a session takes back what was logged of that step and the ones after.
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -64,9 +65,13 @@ class Log:
         """Let readers see it."""
         self._records.flush()
 
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
+
 
 def write(run: RunDirectory, folder: Path, *, follow: bool, pause: Callable[[float], None] = time.sleep) -> Path:
-    """Write the log of `run` into `folder`, in place of an earlier one, and return its path.
+    """Write the log of `run` into `folder`, in place of an earlier one of its own, and return its path.
 
     Parameters
     ----------
@@ -86,13 +91,15 @@ def write(run: RunDirectory, folder: Path, *, follow: bool, pause: Callable[[flo
     RunDirectoryError
         If the events are damaged.
     """
-    path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{SUFFIX}"
+    suffix = SUFFIX + run.path.resolve().name
+    path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"events.out.tfevents.*.{SUFFIX}"):
-            old.unlink()
-        with path.open("wb") as file, contextlib.suppress(KeyboardInterrupt):
-            _fill(Log(file), run, follow=follow, pause=pause)
+        with contextlib.closing(Log(path)) as log, contextlib.suppress(KeyboardInterrupt):
+            for old in folder.glob(f"events.out.tfevents.*.{glob.escape(suffix)}"):
+                if old != path:
+                    old.unlink(missing_ok=True)
+            _fill(log, run, follow=follow, pause=pause)
     except ImportError as error:
         raise ConfigError("the log for TensorBoard needs it: pip install 'hpc_elastic[tensorboard]'") from error
     except OSError as error:
@@ -101,17 +108,15 @@ def write(run: RunDirectory, folder: Path, *, follow: bool, pause: Callable[[flo
 
 
 def _fill(log: Log, run: RunDirectory, *, follow: bool, pause: Callable[[float], None]) -> None:
-    course, known, failed_s = Course(), 0, 0.0
+    course, reader, failed_s, awaited = Course(), events.Reader(run.events), 0.0, False
     while True:
         status = run.status()  # before the events: what it says is in them
         failed_s = failed_s + LOOK_S if run.failed() else 0.0
-        happened = events.read(run.events)
-        for event in happened[known:]:
+        for event in reader.read():
             for entry in course.follow(event):
                 log.put(entry)
-        known = len(happened)
+            awaited = isinstance(event, events.Restarted)
         log.flush()
-        awaited = bool(happened) and isinstance(happened[-1], events.Restarted)
         over = status is not None and status.state not in ("starting", "running")
         if not follow or over or (failed_s > FAILED_S and not awaited):
             return

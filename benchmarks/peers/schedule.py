@@ -88,7 +88,8 @@ class Run:
         times = np.concatenate([before[-1:], rows["time"][rows["time"] >= begun]])
         after = rows[(rows["time"] > begun) & (rows["size"] == (workers or rows["size"][-1]))]
         new = {"standstill_s": float(np.diff(times).max()) - usual_s, "until_s": float(after["time"][0]) - begun}
-        print(f"  {what}: stood still for {new['standstill_s']:.3f} s", file=sys.stderr, flush=True)
+        stood_s, until_s = new["standstill_s"], new["until_s"]
+        print(f"  {what}: stood still for {stood_s:.3f} s, as wanted after {until_s:.2f} s", file=sys.stderr, flush=True)
         return {**new, "workers": int(rows["size"][-1])}
 
     @staticmethod

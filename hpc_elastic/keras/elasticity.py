@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import keras
 
 from ..errors import ConfigError
@@ -112,9 +114,12 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Draw the bar."""
+        """Draw the bar, and put the epoch's metrics into the events, the validation's too."""
         self._quiet()
         super().on_epoch_end(epoch, logs)
+        if not self._job.stopped:  # else the epoch is not over, and goes on when the job is resumed
+            found = {name: value for name, value in (logs or {}).items() if name != "loss"}  # which is there
+            self._job.log(**{name: value for name, value in found.items() if np.ndim(value) == 0})
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""

@@ -25,11 +25,9 @@ def train(job: he.Job) -> None:
         metrics=["accuracy"],
     )
     elastic = he.keras.Elasticity(job)
-    measured = ("accuracy", "val_accuracy", "val_loss")  # for the picture, which has the loss of every step anyway
-    log = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: job.log(**{name: logs[name] for name in measured}))
     with he.open_shards(folder / "train") as shards, he.open_shards(folder / "test") as held_back:
         samples, test = he.keras.data(shards, settings.batch), he.keras.data(held_back, 1024)
-        model.fit(samples, epochs=settings.epochs, validation_data=test, callbacks=[elastic, log], verbose=2)
+        model.fit(samples, epochs=settings.epochs, validation_data=test, callbacks=[elastic], verbose=2)
         scores = model.predict(test, callbacks=[elastic], verbose=0)  # by all ranks, each image once
         labels = held_back.gather(np.arange(len(held_back)))["label"]
     if job.leads:

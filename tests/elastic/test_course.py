@@ -40,6 +40,51 @@ def curve(run):
     return found
 
 
+FIT = """
+import numpy as np
+import hpc_elastic as he
+he.keras.same_bits(threads=1, seed=1)
+import keras
+from keras import layers
+
+def train(job):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    x = np.random.default_rng(1).normal(size=(200, 8)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int64)
+    data = he.keras.data({"x": x, "y": y}, batch=20)
+    held_back = he.keras.data({"x": x[:50], "y": y[:50]}, batch=20)
+    model.fit(data, epochs=6, validation_data=held_back, callbacks=[he.keras.Elasticity(job)], verbose=0)
+
+if __name__ == "__main__":
+    he.run(train)
+"""
+
+
+@pytest.mark.tensorflow
+def test_fit(tmp_path, pytestconfig):
+    """Keras's metrics, and those of its validation, over a change of the leader."""
+    pytest.importorskip("keras")
+    if not pytestconfig.getoption("all_faults"):
+        pytest.skip("one of --all-faults")
+    curves = []
+    for name, options in (("static", ()), ("elastic", ("--timetable", "15:2,35:1-0", "--hold"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "script.py").write_text(FIT)
+        command = hpc_elastic("run", "--run-dir", "r", "--slots", 2, *options, "script.py")
+        with Job(command, folder=tmp_path / name, limit_s=120) as job:
+            done = job.wait()
+        assert done.code == 0, done.err
+        curves.append(curve(RunDirectory(tmp_path / name / "r")))
+    static, elastic = curves
+    assert {place: pytest.approx(metrics, rel=1e-6) for place, metrics in static.items()} == elastic
+    losses = [{place: metrics for place, metrics in each.items() if "loss" in place} for each in curves]
+    assert losses[0] == losses[1]
+    names = {name for metrics in static.values() for name in metrics}
+    assert names == {"loss", "accuracy", "val_accuracy", "val_loss"}
+    assert [step for step, epoch, *names in static if "val_loss" in names] == [10, 20, 30, 40, 50, 60]
+
+
 def test_the_same_curve(shards, tmp_path):
     """Two ranks and one again, rank 0 leaving, then the loss of all."""
     for name in ("static", "elastic"):

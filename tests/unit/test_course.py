@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import sys
 
 import pytest
 
@@ -205,6 +206,23 @@ def test_log(run):
         assert seen["loss"] == [(10, 100.0), (20, 1.0), (30, 0.5)]
         assert seen["epoch/loss"] == [(20, 1.5), (40, pytest.approx(0.4))]
         assert seen["accuracy"] == [(10, pytest.approx(0.1)), (20, 0.5), (30, pytest.approx(0.8))]
+
+
+def test_logs_of_two_runs(run, tmp_path, monkeypatch):
+    """Each takes the place of its own alone; and where TensorBoard is missing, all stay."""
+    pytest.importorskip("tensorboard")
+    other = RunDirectory.create(tmp_path / "other")
+    logs = set()
+    for each in (run, other, run):
+        recorded(each, started(), measured(1, 1.0))
+        logs.add(write(each, tmp_path / "logs", follow=False))
+    kept = set((tmp_path / "logs").iterdir())
+    assert kept <= logs
+    assert len({path.name.partition("hpc_elastic")[2] for path in kept}) == len(kept) == 2
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
+    with pytest.raises(ConfigError, match="needs it"):
+        write(run, tmp_path / "logs", follow=False)
+    assert set((tmp_path / "logs").iterdir()) == kept
 
 
 def test_log_of_a_run_that_goes_on(run):

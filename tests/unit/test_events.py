@@ -92,6 +92,23 @@ def test_a_line_half_written_is_left_out(tmp_path):
     assert read(path) == [first, second]
 
 
+def test_a_reader_reads_each_event_once(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log, reader = events.EventLog(path), events.Reader(path)
+    assert reader.read() == []
+    for text in ("one", "two"):
+        log.write(events.Notice(text=text))
+        assert [event.text for event in reader.read()] == [text]
+        assert reader.read() == []
+    with path.open("ab") as file:
+        file.write(b'{"event":"no')
+    assert reader.read() == []
+    with path.open("ab") as file:
+        file.write(b'thing"}\n')
+    with pytest.raises(RunDirectoryError, match="line 3"):
+        reader.read()
+
+
 def test_half_a_line_is_cut_off_before_the_log_is_continued(tmp_path):
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
