@@ -1,7 +1,8 @@
 """Evaluation and prediction by all ranks: a set in parts, of which each is computed the same way wherever it is.
 
 There are as many parts as microbatches in a step, and a rank has an interval of them. Metrics begin from zero in each, and
-are summed along the tree of the canonical sum.
+are summed along the tree of the canonical sum. Seeds are worked out from (seed, part, chunk), and what a step changes beside
+metrics is as before when it ends, so that nothing depends on which parts a rank has had.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import keras
 from ..arrays.host import Array
 from ..reduce import Sum
 from ..sampler import microbatches, without_samples
+from . import refused, tracing
 
 if TYPE_CHECKING:
     from ..runtime.job import Job
     from .dataset import Data
 
-Chunks = Iterator[tuple[list[Array], int]]
+Chunks = Iterator[tuple[list[tf.Tensor], int]]  # with the words for the seeds before the samples
 
 
 class Evaluation:
@@ -53,13 +55,11 @@ class Evaluation:
             for index, chunks in self._own(data):
                 for variable in variables:
                     variable.assign(tf.zeros_like(variable.value))
-                means = np.zeros(len(others))
-                for arrays, n in chunks:
-                    logs = call(*map(tf.convert_to_tensor, arrays))
-                    means += [n * float(logs[name]) for name in others]
-                parts.append((index, [*(np.array(variable) for variable in variables), means]))
-
-        total = Sum(self._leaves, self._job.membership.joined)
+                means = [np.zeros(())] * len(others)
+                for tensors, n in chunks:
+                    logs = call(*tensors)
+                    means = [mean + n * np.asarray(logs[name], float) for mean, name in zip(means, others, strict=True)]
+                parts.append((index, [*(np.asarray(variable).copy() for variable in variables), *map(np.asarray, means)]))
 
         def exchange() -> None:
             total.drop()
@@ -68,15 +68,18 @@ class Evaluation:
             total.exchange(without_samples(len(data.samples), self._leaves))
 
         if self._job.joined:
+            total = Sum(self._leaves, self._job.membership.joined)
             self._together(compute, exchange)
-            *found, means = total.result()[0][1]
+            found = total.result()[0][1]
         else:
             compute()
-            *found, means = (sum(column) for column in zip(*(values for _, values in parts), strict=True))
-        for variable, value in zip(variables, found, strict=True):
+            found = [sum(column) for column in zip(*(values for _, values in parts), strict=True)]
+        for variable, value in zip(variables, found[: len(variables)], strict=True):
             variable.assign(value)
         logs = self.model.get_metrics_result()
-        logs |= {name: mean / len(data.samples) for name, mean in zip(others, means.tolist(), strict=True)}
+        for name, total_of in zip(others, found[len(variables) :], strict=True):
+            mean = np.asarray(total_of) / len(data.samples)
+            logs[name] = mean if mean.ndim else float(mean)
         return {name: logs[name] for name in call.structured_outputs}
 
     def predict(self, data: Data) -> Any:
@@ -87,8 +90,8 @@ class Evaluation:
         def compute() -> None:
             parts[:] = []
             for _, chunks in self._own(data):
-                for arrays, _ in chunks:
-                    parts.append([np.asarray(one) for one in keras.tree.flatten(call(*map(tf.convert_to_tensor, arrays)))])
+                for tensors, _ in chunks:
+                    parts.append([np.asarray(one) for one in keras.tree.flatten(call(*tensors))])
 
         outputs: list[Array] = []
 
@@ -121,10 +124,13 @@ class Evaluation:
                 yield index, self._chunks(data, index, start, stop)
 
     def _chunks(self, data: Data, index: int, start: int, stop: int) -> Chunks:
-        for first in range(start, stop, data.batch):
+        seed = self._job.session.config.seed if data.seed is None else data.seed
+        for number, first in enumerate(range(start, stop, data.batch)):
             fields = data.fields(np.arange(first, min(stop, first + data.batch)), 0, index)
             arrays = [np.asarray(fields[name]) for name in data.names]
-            yield arrays, len(arrays[0])
+            refused.check_like(arrays, data)
+            words = tf.constant(tracing.seed_words(seed, index, number), tf.int32)
+            yield [words, *map(tf.convert_to_tensor, arrays)], len(arrays[0])
 
     def _graph(self, step: str, data: Data) -> Any:
         """Return the model's `step` as a graph, traced for samples like those of `data`."""
@@ -132,6 +138,19 @@ class Evaluation:
         if key not in self._graphs:
             specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in data.example]
             self.model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (builds metrics, too)
-            function = tf.function(lambda *flat: getattr(self.model, step)(data.packed(flat)), autograph=False)
-            self._graphs[key] = function.get_concrete_function(*specs)
+            state = self.model.non_trainable_variables
+
+            def chunk(words: tf.Tensor, *flat: tf.Tensor) -> Any:
+                before = [tracing.read(variable) for variable in state]
+                tracing.mix(tracing.seeds_of(self.model), words)
+                found = getattr(self.model, step)(data.packed(flat))
+                for variable, value, each in zip(state, before, tracing.changed(state), strict=True):
+                    if each:
+                        variable.assign(value)
+                return found
+
+            call = tf.function(chunk, autograph=False).get_concrete_function(tf.TensorSpec([2], tf.int32), *specs)
+            refused.refuse_draws(call.graph, step)
+            refused.refuse_strangers(call.graph, [*self.model.variables, *self.model.metrics_variables], step)
+            self._graphs[key] = call
         return self._graphs[key]

@@ -32,10 +32,17 @@ def moments(squares: float, square: float, parts: int, part: float, base: float)
     Parameters
     ----------
     squares : float
-        Mean of the squared norms of the gradients of `parts` microbatches, at least 2, of `part` samples each.
+        Mean of the squared norms of the gradients of `parts` microbatches of `part` samples each.
     square : float
         Squared norm of their mean.
+
+    Returns
+    -------
+    variance, square : float
+        Not a number for a single microbatch, which tells nothing of the variance.
     """
+    if parts == 1:
+        return math.nan, math.nan
     variance = max(0.0, squares - square) * parts / (parts - 1)  # of the gradient of one microbatch
     return variance * part / base, max(0.0, square - variance / parts)
 

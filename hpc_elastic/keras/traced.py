@@ -8,6 +8,7 @@ microbatch starts from the state of the step, whoever computes it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from ..errors import ConfigError
-from . import rules
+from . import refused, rules
 from .flat import Flat
-from .tracing import changed, collecting, loss_of, only, read, refuse, seed_words
+from .tracing import SEEDS, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of
 
 if TYPE_CHECKING:
     from ..runtime.batches import Microbatch
     from ..runtime.step import Step
     from .dataset import Data
-
-SEEDS = "seed_generator_state"  # name of the variable of each of Keras's seed generators
 
 
 class Traced:
@@ -54,37 +53,47 @@ class Traced:
 
     def __init__(self, model: Any, data: Data, leaves: int, rule: str = rules.FIXED) -> None:
         self.model, self.data, self.rule = model, data, rule
-        refuse(model, rule)
+        refused.refuse(model, rule, leaves)
         self.optimizer = model.optimizer
         self.leaves = leaves
         self.adascale = rules.AdaScale() if rule == rules.ADASCALE else None
         model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (no public way builds metrics, too)
-        self._seeds = [variable for variable in model.non_trainable_variables if variable.name == SEEDS]
+        refused.refuse_losses(model)
+        refused.refuse_metrics(model, data)
+        self._seeds = seeds_of(model)
         self._metrics = model.metrics_variables
         self._step: Step | None = None
         self._micro: Microbatch | None = None
         self._last = self._whole = False
         self._failure: BaseException | None = None
-        self._names: list[str] = []
+        self._forms: list[tuple[str, tuple[int, ...]]] = []
+        self._loss_scale = 1.0
         self._loss = loss_of(model, self._metrics)
         specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in data.example]
         graph = tf.function(self._microbatch, autograph=False)
         self._graph = graph.get_concrete_function(tf.TensorSpec([2], tf.int32), *specs)
         self._refuse_strangers()
+        refused.refuse_draws(self._graph.graph, "train_step")
         # Called past the matching of arguments, which costs as much as a small model's gradient.
         self._call, self._captures = self._graph.inference_fn.call_flat, self._graph.captured_inputs
         self._no_words = tf.constant((0, 0), tf.int32)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step) -> dict[str, float]:
-        """Do a step, and return the values of its logs. Collective."""
+    def run(self, step: Step) -> dict[str, Any]:
+        """Do a step, and return the values of its logs: floats, or arrays of metrics with several numbers. Collective."""
         self._step, done = step, None
+        if self.adascale is not None and hasattr(self.optimizer, "dynamic_scale"):
+            self._loss_scale = float(self.optimizer.dynamic_scale)
         while done is None:
             done = self._attempt(step.begin())
-        return dict(zip(self._names, done, strict=True))
+        found, stop = {}, 0
+        for name, shape in self._forms:
+            start, stop = stop, stop + math.prod(shape)
+            found[name] = done[start:stop].reshape(shape).copy() if shape else float(done[start])
+        return found
 
-    def _attempt(self, micros: list[Microbatch]) -> list[float] | None:
+    def _attempt(self, micros: list[Microbatch]) -> np.ndarray | None:
         """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
         seed = self.data.seed or 0
         for micro in micros[:-1]:
@@ -94,12 +103,13 @@ class Traced:
             logs = self._compute(micro, [micro[name] for name in self.data.names], seed, last=True)
         else:  # a rank without samples computes an example, which does not count, since its graph does the update
             logs = self._compute(None, self.data.example, seed, last=True)
-        return logs.numpy().tolist() if self._whole else None
+        return logs.numpy() if self._whole else None
 
     def _compute(self, micro: Microbatch | None, arrays: list[Any], seed: int, *, last: bool) -> Any:
         assert self._step is not None
         self._micro, self._last, self._whole = micro, last, False
         words = self._no_words
+        refused.check_like(arrays, self.data)
         if micro is not None and self._seeds:
             words = tf.constant(seed_words(seed, self._step.number, micro.index), tf.int32)
         _, logs = self._call(words, *(tf.convert_to_tensor(array) for array in arrays), *self._captures)
@@ -138,7 +148,9 @@ class Traced:
         square = float(np.square(gradients, dtype=np.float64).sum())
         parts = min(step.size, self.leaves)
         found = rules.moments(float(values[0][self._gradients]), square, parts, step.size / parts, self.data.batch)
-        return self.adascale.factor(*found, scale)
+        # An optimizer that scales the loss doubles and halves that scale, and the memory is of the gradients without it.
+        variance, true = (moment / self._loss_scale**2 for moment in found)
+        return self.adascale.factor(variance, true, scale)
 
     def _loss_in(self, sums: list[np.ndarray]) -> dict[str, float]:
         if self._loss is None:
@@ -155,13 +167,11 @@ class Traced:
             variable.assign(tf.zeros_like(variable.value))
         others = [variable for variable in self.model.non_trainable_variables if variable.name != SEEDS]
         others_before = [read(variable) for variable in others]
-        seeds_before = [read(variable) for variable in self._seeds]
-        for variable, value in zip(self._seeds, seeds_before, strict=True):
-            variable.assign(tf.bitwise.bitwise_xor(value, tf.cast(words, value.dtype)))
+        seeds_before = mix(self._seeds, words)
 
         with collecting(self.optimizer) as taken:
             logs = self.model.train_step(self.data.packed(flat))
-        gradients, variables = only(taken, self.model.trainable_variables)
+        gradients, variables = only(taken, self.model)
         there = [number for number, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.convert_to_tensor(gradients[number]) for number in there]
 
@@ -178,6 +188,8 @@ class Traced:
 
         own = self._own_logs(logs)
         counted = [a - b for a, b, mean in zip(moved, state_before, is_mean, strict=True) if not mean]
+        if self.adascale is not None and len({one.dtype for one in dense}) > 1:
+            raise ConfigError('rule="adascale" needs weights of one dtype: use "linear" or "sqrt"')
         squares = [tf.add_n([tf.reduce_sum(tf.square(one)) for one in dense])] if self.adascale is not None else []
         self._gradients = sum(int(np.prod(one.shape)) for one in dense)
         means = [*dense, *squares, *(value for value, mean in zip(moved, is_mean, strict=True) if mean), *own.values()]
@@ -205,10 +217,11 @@ class Traced:
             for variable, value, is_a_mean in zip(state, state_before, is_mean, strict=True):
                 variable.assign(next(values) if is_a_mean else value + next(totals))
             found = {**self._of_metrics(logs), **dict(zip(own, values, strict=True))}
-            self._names = list(found)
-            return tf.stack([tf.cast(value, tf.float32) for value in found.values()]) if found else tf.zeros([0])
+            flat = [refused.fixed(name, value) for name, value in found.items()]
+            self._forms = [(name, tuple(value.shape)) for name, value in zip(found, flat, strict=True)]
+            return tf.concat([tf.reshape(value, [-1]) for value in flat], 0) if flat else tf.zeros([0])
 
-        return whole, tf.cond(whole, update, lambda: tf.zeros([len(logs)]))
+        return whole, tf.cond(whole, update, lambda: tf.zeros([0]))
 
     @contextlib.contextmanager
     def _rate_times(self, factor: tf.Tensor) -> Iterator[None]:
@@ -225,7 +238,7 @@ class Traced:
     def _own_logs(self, logs: dict[str, Any]) -> dict[str, tf.Tensor]:
         """Return those of a step's logs that are no metric of the model's: their means are taken."""
         known = self.model.get_metrics_result()
-        return {name: tf.cast(value, tf.float32) for name, value in logs.items() if name not in known}
+        return {name: refused.fixed(name, value) for name, value in logs.items() if name not in known}
 
     def _of_metrics(self, logs: dict[str, Any]) -> dict[str, tf.Tensor]:
         return {name: value for name, value in self.model.get_metrics_result().items() if name in logs}

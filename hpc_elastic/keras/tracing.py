@@ -1,4 +1,4 @@
-"""What it takes to trace a user's `train_step`: gradients taken in, changes read off the graph, and what is refused."""
+"""What it takes to trace a user's `train_step`: gradients taken in, seeds mixed, changes read off the graph."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import tensorflow as tf
 import keras
 
 from ..errors import ConfigError
-from . import rules
 
 MASK = (1 << 64) - 1
+SEEDS = "seed_generator_state"  # name of the variable of each of Keras's seed generators
+READ = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead")
+READ_INSIDE = "_read_only_resource_inputs"  # inputs that the function which an operation calls only reads
 
 
 def seed_words(seed: int, step: int, microbatch: int) -> tuple[int, int]:
@@ -32,6 +34,19 @@ def read(variable: Any) -> tf.Tensor:
     return tf.identity(variable.value)
 
 
+def seeds_of(model: Any) -> list[Any]:
+    """Return the variables of the model's seed generators."""
+    return [variable for variable in model.non_trainable_variables if variable.name == SEEDS]
+
+
+def mix(seeds: list[Any], words: tf.Tensor) -> list[tf.Tensor]:
+    """Mix `words`, int32 ``[2]``, into the `seeds`, and return what they were."""
+    before = [read(variable) for variable in seeds]
+    for variable, value in zip(seeds, before, strict=True):
+        variable.assign(tf.bitwise.bitwise_xor(value, tf.cast(words, value.dtype)))
+    return before
+
+
 @contextlib.contextmanager
 def collecting(optimizer: Any) -> Iterator[list[tuple[list[Any], list[Any]]]]:
     """While a step is traced, take in what the optimizer should apply."""
@@ -48,31 +63,47 @@ def collecting(optimizer: Any) -> Iterator[list[tuple[list[Any], list[Any]]]]:
         del vars(optimizer)["apply"]
 
 
-def only(taken: list[tuple[list[Any], list[Any]]], weights: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the gradients and variables that were taken in, once, by a step that leaves the `weights` to the optimizer."""
+def only(taken: list[tuple[list[Any], list[Any]]], model: Any) -> tuple[list[Any], list[Any]]:
+    """Return the gradients and variables that were taken in, once, by a step that leaves the weights to the optimizer."""
     if len(taken) != 1:
         raise ConfigError(
             f"train_step applied its compiled optimizer {len(taken)} times, and has to do so once: there is one sum over "
             "the ranks in a step. Use a loop of your own, with job.steps"
         )
-    if any(changed(weights, inside=False)):
+    weights, variables = model.trainable_variables, model.optimizer.variables
+    touched = changed([*weights, *variables])
+    if any(touched[: len(weights)]):
         raise ConfigError(
             "train_step changes weights itself, which would come before the sum over the ranks: let a constraint of the "
             "layer's do it, or a callback"
         )
+    odd = [variable.path for variable, each in zip(variables, touched[len(weights) :], strict=True) if each]
+    if odd:
+        raise ConfigError(
+            f"train_step changes the optimizer's {odd[0]} itself, which would be done for every microbatch: use a callback"
+        )
     return taken[0]
 
 
-def changed(variables: list[Any], *, inside: bool = True) -> list[bool]:
-    """Tell of which variables the graph so far changes the value; with `inside`, or may do so inside loops and the like."""
+def changed(variables: list[Any]) -> list[bool]:
+    """Tell of which variables the graph so far changes the value, or may do so inside loops and the like."""
     graph = tf.compat.v1.get_default_graph()
-    touched = set()
-    for operation in graph.get_operations():
-        if operation.type.startswith("Assign"):
-            touched.add(operation.inputs[0].name)
-        elif inside and any(attribute.type == "func" for attribute in operation.op_def.attr):
-            touched |= {tensor.name for tensor in operation.inputs if tensor.dtype == tf.resource}
+    touched = written(graph)
     return [graph.capture(variable.value.handle).name in touched for variable in variables]
+
+
+def written(graph: Any) -> set[str]:
+    """Return the names of the resources to which something else may be done in `graph` than to read them."""
+    found: set[str] = set()
+    for operation in graph.get_operations():
+        if operation.type in READ:
+            continue
+        inputs = [(number, tensor) for number, tensor in enumerate(operation.inputs) if tensor.dtype == tf.resource]
+        if inputs:
+            noted = READ_INSIDE in operation.node_def.attr
+            read_inside = operation.get_attr(READ_INSIDE) if noted else ()
+            found |= {tensor.name for number, tensor in inputs if number not in read_inside}
+    return found
 
 
 def loss_of(model: Any, variables: list[Any]) -> list[int] | None:
@@ -81,21 +112,3 @@ def loss_of(model: Any, variables: list[Any]) -> list[int] | None:
         if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
             return [next(i for i, other in enumerate(variables) if other is one) for one in (metric.total, metric.count)]
     return None
-
-
-def refuse(model: Any, rule: str) -> None:
-    """Raise `ConfigError` for what can't be done with `model` in a job."""
-    if not model.compiled or model.optimizer is None:
-        raise ConfigError("he.keras.Elasticity needs a compiled model with an optimizer")
-    if rule != rules.FIXED and not hasattr(model.optimizer.learning_rate, "assign"):
-        raise ConfigError(
-            f"rule={rule!r} multiplies the learning rate, which is a schedule: give the optimizer a number, and change it "
-            "by the callback LearningRateScheduler"
-        )
-    if model.run_eagerly:
-        raise ConfigError("compile(run_eagerly=True) can't be elastic: the sum is done inside the graph of a step")
-    if tf.distribute.has_strategy() or model._distribute_strategy is not None:  # noqa: SLF001
-        raise ConfigError("tf.distribute would sum gradients as well: build the model without a strategy")
-    odd = [variable.path for variable in model.metrics_variables if variable.aggregation != "sum"]
-    if odd:
-        raise ConfigError(f"the metric variable {odd[0]} is no sum (its aggregation), so that of microbatches is not known")

@@ -168,6 +168,225 @@ def test_a_step_that_applies_twice_or_uses_foreign_variables_is_refused(keras, a
         traced(twice, arrays)
 
 
+def own_step(keras, then):
+    """Return a compiled model whose train_step does `then` after Keras's."""
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            return logs | (then(self) or {})
+
+    model = Own([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def test_changes_are_found_whatever_makes_them(keras, arrays):
+    import tensorflow as tf
+
+    def slices(model):
+        model.trainable_variables[0].value[0].assign(tf.zeros(2))
+
+    def inside(model):
+        tf.function(lambda: model.trainable_variables[1].assign(tf.zeros(2)), autograph=False)()
+
+    def rate(model):
+        model.optimizer.learning_rate.assign(0.5)
+
+    def reads(model):
+        weights = model.trainable_variables[0].value
+        return {"norm": tf.cond(weights[0, 0] > 0, lambda: tf.norm(weights), lambda: tf.function(tf.norm)(weights))}
+
+    for then in (slices, inside):
+        with pytest.raises(he.ConfigError, match="changes weights itself"):
+            traced(own_step(keras, then), arrays)
+    with pytest.raises(he.ConfigError, match=r"optimizer's .*learning_rate"):
+        traced(own_step(keras, rate), arrays)
+    traced(own_step(keras, reads), arrays)
+
+
+def test_random_numbers_of_tensorflow_are_refused(keras, arrays):
+    import tensorflow as tf
+
+    def noisy(draw):
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Lambda(draw), keras.layers.Dense(2)])
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    inside = tf.function(lambda x: x + tf.random.normal(tf.shape(x)))
+    for draw in (lambda x: tf.nn.dropout(x, 0.5), inside):
+        with pytest.raises(he.ConfigError, match="train_step draws random numbers by TensorFlow's Random"):
+            traced(noisy(draw), arrays)
+    with pytest.raises(he.ConfigError, match="predict_step draws"):
+        evaluation(noisy(inside)).predict(he.keras.data(arrays, inputs="x"))
+
+
+def test_losses_that_are_no_means_are_refused(keras, arrays):
+    model = build(keras)
+    for reduction in ("sum", "mean_with_sample_weight", None):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+        model.compile("sgd", loss)
+        with pytest.raises(he.ConfigError, match="reduction="):
+            traced(model, arrays)
+
+
+def test_metrics_that_do_not_add_are_refused(keras, arrays):
+    class Own(keras.metrics.Metric):
+        def __init__(self, adds):
+            super().__init__(name="own")
+            self.adds, self.value = adds, self.add_variable((), "zeros", name="value")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):  # noqa: ARG002  (Keras's signature)
+            most = keras.ops.max(y_pred)
+            self.value.assign(self.value + most if self.adds else keras.ops.maximum(self.value, most))
+
+        def result(self):
+            return self.value
+
+    with pytest.raises(he.ConfigError, match="own/value is no sum"):
+        traced(build(keras, metrics=["accuracy", Own(adds=False)]), arrays)
+    model = build(keras, metrics=["accuracy", Own(adds=True)])
+    traced(model, arrays)
+    assert all(not np.any(variable) for variable in model.metrics_variables)
+
+
+def test_adascale_needs_microbatches(keras, arrays):
+    from hpc_elastic.keras.traced import Traced
+
+    data = he.keras.data(arrays, inputs="x")
+    with pytest.raises(he.ConfigError, match="microbatches to 2 or more"):
+        Traced(build(keras), data, 1, "adascale")
+    step = Traced(build(keras), data, LEAVES, "adascale")
+    step.run(Alone(arrays, 1))  # the last batch may have a single sample
+    assert step.adascale.memory["weight"] == 0
+    step.run(Alone(arrays, SAMPLES))
+    assert step.adascale.memory["weight"] > 0
+
+
+def test_adascale_remembers_gradients_without_the_scale_of_the_loss(keras, arrays):
+    memories = []
+    for scale in (None, 8.0, 1024.0):
+        keras.utils.set_random_seed(0)
+        optimizer = keras.optimizers.SGD()
+        if scale:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
+        step = traced(build(keras, optimizer), arrays, rule="adascale")
+        step.run(Alone(arrays, SAMPLES))
+        memories.append(step.adascale.memory)
+    assert memories[1] == pytest.approx(memories[0], rel=1e-4)
+    assert memories[2] == pytest.approx(memories[0], rel=1e-4)
+
+
+# --- a step and an evaluation without other ranks ---------------------------------------------------------------------
+
+
+class Alone:
+    """Stands in for a step of one rank: its microbatches, weighed by their samples."""
+
+    number = 7
+
+    def __init__(self, arrays, size):
+        from hpc_elastic.runtime.batches import Microbatch
+        from hpc_elastic.sampler import microbatches
+
+        self.size, self.metrics, self.added = size, {}, []
+        self.micros = [
+            Microbatch(i, np.arange(start, stop), {name: array[start:stop] for name, array in arrays.items()})
+            for i, (start, stop) in enumerate(microbatches(size, LEAVES))
+            if start < stop
+        ]
+
+    def begin(self):
+        return self.micros
+
+    def take(self, micro):
+        self.weight = len(micro) / self.size
+
+    def add(self, values, sums):
+        self.added.append(([self.weight * value for value in values], [one.copy() for one in sums]))
+
+    def exchange(self):
+        return True
+
+    def reduce(self):
+        return tuple([sum(column) for column in zip(*part, strict=True)] for part in zip(*self.added, strict=True))
+
+
+def evaluation(model):
+    from hpc_elastic.keras.evaluation import Evaluation
+
+    config = types.SimpleNamespace(microbatches=LEAVES, seed=3)
+    return Evaluation(
+        types.SimpleNamespace(joined=False, membership=None, session=types.SimpleNamespace(config=config)), model
+    )
+
+
+def test_metrics_with_several_numbers(keras, arrays):
+    arrays["hot"] = np.eye(2, dtype=np.float32)[arrays["label"]]
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "categorical_crossentropy", metrics=["accuracy", keras.metrics.F1Score()])
+    whole = model.evaluate(arrays["x"], arrays["hot"], return_dict=True, verbose=0)  # weights are as before a step
+
+    from hpc_elastic.keras.traced import Traced
+
+    data = he.keras.data(arrays, inputs="x", targets="hot")
+    found = evaluation(model).evaluate(data)
+    assert {name: np.shape(value) for name, value in found.items()} == {"loss": (), "accuracy": (), "f1_score": (2,)}
+    model.reset_metrics()
+    logs = Traced(model, data, LEAVES).run(Alone(arrays, SAMPLES))
+    for name, value in logs.items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-5)
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-5)
+    assert isinstance(logs["accuracy"], float)
+
+
+def test_a_step_refuses_logs_without_a_fixed_shape(keras, arrays):
+    import tensorflow as tf
+
+    with pytest.raises(he.ConfigError, match="returns 'each' of shape"):
+        traced(own_step(keras, lambda own: {"each": tf.where(own.trainable_variables[0].value > 0)}), arrays)
+
+
+def test_samples_of_another_kind_are_refused(keras, arrays):
+    step = traced(build(keras), arrays)
+    for other in (arrays["x"].astype(np.float64), arrays["x"][:, :4]):
+        with pytest.raises(he.ConfigError, match="field 'x' has samples of"):
+            step.run(Alone(arrays | {"x": other}, SAMPLES))
+
+
+def test_what_an_evaluation_draws_depends_on_the_part_alone(keras, arrays, monkeypatch):
+    class Noisy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seed = keras.random.SeedGenerator(5)
+            self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+        def call(self, x):
+            self.calls.assign_add(1.0)
+            return x + keras.random.normal(keras.ops.shape(x), seed=self.seed)
+
+    model = keras.Sequential([keras.Input((5,)), Noisy(), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    data, found = he.keras.data(arrays, batch=5, inputs="x"), evaluation(model)
+    before = [np.asarray(variable) for variable in model.variables]
+    predicted = np.asarray(found.predict(data))
+    losses = [found.evaluate(data)["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    own = found._own
+    monkeypatch.setattr(found, "_own", lambda data: [part for part in own(data) if part[0] >= 2])  # those of another rank
+    last = np.asarray(found.predict(data))
+    assert np.array_equal(last, predicted[-len(last) :])
+    assert not np.array_equal(predicted[:5], np.asarray(model.layers[-1](arrays["x"][:5])))  # there is noise
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.variables, strict=True))
+
+
+def test_an_evaluation_refuses_what_would_differ_by_rank(keras, arrays):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Lambda(lambda x: x + keras.random.normal((5,)))])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(he.ConfigError, match=r"predict_step changes .*seed_generator"):
+        evaluation(model).predict(he.keras.data(arrays, inputs="x"))
+
+
 def test_seeds_differ():
     from hpc_elastic.keras.tracing import seed_words
 
