@@ -77,12 +77,12 @@ class Traced:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step) -> dict[str, float]:
-        """Do a step, and return the values of its logs. Collective."""
-        self._step, done = step, None
+    def run(self, step: Step, word: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+        """Do a step; return the values of its logs, and the sum of the `word` of each microbatch. Collective."""
+        self._step, self._word, done = step, word, None
         while done is None:
             done = self._attempt(step.begin())
-        return dict(zip(self._names, done, strict=True))
+        return dict(zip(self._names, done, strict=True)), self._words
 
     def _attempt(self, micros: list[Microbatch]) -> list[float] | None:
         """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
@@ -115,9 +115,9 @@ class Traced:
         try:
             if self._micro is not None:
                 step.take(self._micro)
-                step.add(list(arrays[:means]), sums=list(arrays[means:]))
+                step.add(list(arrays[:means]), sums=[*arrays[means:], self._word])
             if self._last and step.exchange():
-                values, sums = step.reduce()
+                values, (*sums, self._words) = step.reduce()
                 self._whole = True
                 step.metrics |= self._loss_in(sums)
                 # Into the graph's own memory: what ranks share must not be where TensorFlow may compute in place.
