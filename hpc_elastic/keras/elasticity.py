@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..runtime.step import Step
 
 
+APART = 0x9E3779B97F4A7C15  # between the seeds of two fits
+
+
 class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
     """Callback for ``model.fit(he.keras.data(…), callbacks=[he.keras.Elasticity(job)])``.
 
@@ -64,6 +67,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._epoch = self._batch = 0
         self._state = _FitState()
         self._registered = False
+        self._fits = 0
         self._accord: Accord | None = None
         self._evaluation: Evaluation | None = None
         self._keras_own: Any = None  # its test or predict function, while the own one is in its place
@@ -91,7 +95,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             raise ConfigError("fit(steps_per_epoch=…) is not for elastic jobs: an epoch has each sample of the data once")
         if self._exact:
             settings.check()
-        data.seed = self._job.session.config.seed if data.seed is None else data.seed
+        seed = self._job.session.config.seed if data.seed is None else data.seed
+        seed, self._fits = (seed + self._fits * APART) % 2**64, self._fits + 1
         self._data = data
         # Graphs are of what was compiled when they were traced.
         compiled = (model, model.optimizer, data, model._compile_loss, model._compile_metrics)  # noqa: SLF001
@@ -99,6 +104,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         if traced is None or compiled != self._compiled:
             traced = self._traced = Traced(model, data, self._job.session.config.microbatches, self._rule)
             self._compiled = compiled
+        traced.seed = seed
         if not self._registered:
             self._registered = True
             self._job.register(**{f"{self._name()}{' on ' + settings.of_bits() if self._exact else ''}": self._state})
@@ -108,7 +114,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._accord = Accord(self._job, model, led, weights=self._exact)
         epochs, batch = self.params["epochs"], rules.batch_of(self._rule, data.batch)
         self._steps = self._job.steps(
-            data.samples, epochs, batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode
+            data.samples, epochs, batch, shuffle=data.shuffle, seed=seed, exact=self._exact, decode=data.decode
         )
         self._first = next(self._steps, None)
         self._accord.over = self._first is None

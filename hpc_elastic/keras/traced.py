@@ -43,6 +43,8 @@ class Traced:
 
     Attributes
     ----------
+    seed : int
+        That of dropout and augmentation; the callback sets it.
     adascale : AdaScale or None
         What that rule remembers.
 
@@ -56,7 +58,7 @@ class Traced:
         self.model, self.data, self.rule = model, data, rule
         refuse(model, rule)
         self.optimizer = model.optimizer
-        self.leaves = leaves
+        self.leaves, self.seed = leaves, 0
         self.adascale = rules.AdaScale() if rule == rules.ADASCALE else None
         model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (no public way builds metrics, too)
         self._seeds = [variable for variable in model.non_trainable_variables if variable.name == SEEDS]
@@ -86,7 +88,7 @@ class Traced:
 
     def _attempt(self, micros: list[Microbatch]) -> list[float] | None:
         """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
-        seed = self.data.seed or 0
+        seed = self.seed
         for micro in micros[:-1]:
             self._compute(micro, [micro[name] for name in self.data.names], seed, last=False)
         if micros:
