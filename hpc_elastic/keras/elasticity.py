@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +12,19 @@ import keras
 
 from ..errors import ConfigError
 from . import rules, settings
+from .accord import Accord
 from .dataset import Data, latest
 from .evaluation import Evaluation
+from .leading import OnLeader
 from .state import Callbacks, State, below, prefixed
 from .traced import Traced
 
 if TYPE_CHECKING:
     from ..runtime.job import Job
     from ..runtime.step import Step
+
+
+APART = 0x9E3779B97F4A7C15  # between the seeds of two fits
 
 
 class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
@@ -32,7 +38,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
     job : Job
         What `he.run` has given to the function.
     keep : sequence of keras.callbacks.Callback
-        Other callbacks that remember something, such as ``EarlyStopping``: newcomers and checkpoints get that.
+        Other callbacks that remember something, such as ``EarlyStopping``: newcomers and checkpoints get that. Ranks whose
+        callbacks do otherwise with learning rate or weights raise `ConfigError`, and the leader's alone can stop `fit`.
     rule : "fixed", "linear", "sqrt" or "adascale"
         "fixed": the batch of `data` is that of all ranks, and the bits don't depend on them. Else it is the batch of each
         rank, and the learning rate is multiplied by the number of ranks, by its square root, or by AdaScale's gain.
@@ -52,13 +59,16 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._job, self._keep, self._rule, self._exact = job, list(keep), rule, exact
         self._epoch_done = False
         self._traced: Traced | None = None
+        self._compiled: tuple[Any, ...] = ()  # what it was traced of
         self._data: Data | None = None
         self._steps: Iterator[Step] | None = None
         self._first: Step | None = None
         self._verbose = 0
         self._epoch = self._batch = 0
-        self._logs: dict[str, float] = {}
-        self._state: _FitState | None = None
+        self._state = _FitState()
+        self._registered = False
+        self._fits = 0
+        self._accord: Accord | None = None
         self._evaluation: Evaluation | None = None
         self._keras_own: Any = None  # its test or predict function, while the own one is in its place
 
@@ -85,20 +95,29 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             raise ConfigError("fit(steps_per_epoch=…) is not for elastic jobs: an epoch has each sample of the data once")
         if self._exact:
             settings.check()
-        data.seed = self._job.session.config.seed if data.seed is None else data.seed
+        seed = self._job.session.config.seed if data.seed is None else data.seed
+        seed, self._fits = (seed + self._fits * APART) % 2**64, self._fits + 1
         self._data = data
-        traced = self._traced
-        if traced is None or (traced.model, traced.optimizer, traced.data) != (model, model.optimizer, data):
+        # Graphs are of what was compiled when they were traced.
+        compiled = (model, model.optimizer, data, model._compile_loss, model._compile_metrics)  # noqa: SLF001
+        traced, self._evaluation = self._traced, None
+        if traced is None or compiled != self._compiled:
             traced = self._traced = Traced(model, data, self._job.session.config.microbatches, self._rule)
-        if self._state is None:
-            self._state = _FitState()
-            self._job.register(**{self._name(): self._state})
-        self._state.begin(model, [*self._keep, model.history], traced.adascale)
+            self._compiled = compiled
+        traced.seed = seed
+        if not self._registered:
+            self._registered = True
+            self._job.register(**{f"{self._name()}{' on ' + settings.of_bits() if self._exact else ''}": self._state})
+        kept = [one for each in self._keep for one in (each.kept if isinstance(each, OnLeader) else [each])]
+        self._state.begin(model, [*kept, model.history], traced.adascale)
+        led = [callback for each in self._keep if isinstance(each, OnLeader) for callback in each.kept]
+        self._accord = Accord(self._job, model, led, weights=self._exact)
         epochs, batch = self.params["epochs"], rules.batch_of(self._rule, data.batch)
         self._steps = self._job.steps(
-            data.samples, epochs, batch, shuffle=data.shuffle, seed=data.seed, exact=self._exact, decode=data.decode
+            data.samples, epochs, batch, shuffle=data.shuffle, seed=seed, exact=self._exact, decode=data.decode
         )
         self._first = next(self._steps, None)
+        self._accord.over = self._first is None
         model._initial_epoch = epochs if self._first is None else self._first.epoch  # noqa: SLF001  (meant for callbacks)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -123,7 +142,6 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""
-        assert self._state is not None
         self._state.put_back()
         if self._steps is not None:
             if not self.model.stop_training:
@@ -139,11 +157,11 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._quiet()
         super().on_test_begin(logs)
         data = latest()
-        if data is not None:
-            self._keras_own, evaluation = self.model.test_function, self._evaluating()
-            behind = self._first is not None and self._first.epoch > self._epoch  # it was done before this rank came
-            self.model.test_function = lambda _: self._logs if behind else evaluation.evaluate(data)
-            self.model.stop_evaluating = True  # after one call, which is for the whole set
+        behind = self._first is not None and self._first.epoch > self._epoch  # it was done before this rank came
+        if self._called_in_fit and (behind or self._job.stopped):
+            self._instead("test", None, lambda: _not_of_metrics(self._state.tested or self._state.logs))
+        elif data is not None:
+            self._instead("test", data, lambda: self._evaluated(data))
 
     def on_test_end(self, logs: Any = None) -> None:
         """Put Keras's own test function back."""
@@ -158,9 +176,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         super().on_predict_begin(logs)
         data = latest()
         if data is not None:
-            self._keras_own, evaluation = self.model.predict_function, self._evaluating()
-            self.model.predict_function = lambda _: evaluation.predict(data)
-            self.model.stop_predicting = True
+            self._instead("predict", data, lambda: self._evaluating().predict(data))
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Put Keras's own predict function back."""
@@ -168,6 +184,26 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         if self._keras_own is not None:
             self.model.predict_function, self._keras_own = self._keras_own, None
         self._leave()
+
+    def _instead(self, what: str, data: Data | None, compute: Callable[[], Any]) -> None:
+        """Have Keras call `compute`, once for the whole set, in place of its own function; unless it has other samples."""
+        own = self._keras_own = getattr(self.model, f"{what}_function")
+        stop = {"test": "stop_evaluating", "predict": "stop_predicting"}[what]
+
+        def function(batches: Any) -> Any:
+            if data is not None and not data.in_use:  # Keras was given this before, without the callback
+                setattr(self.model, stop, False)
+                return own(batches)
+            return compute()
+
+        setattr(self.model, f"{what}_function", function)
+        setattr(self.model, stop, True)
+
+    def _evaluated(self, data: Data) -> dict[str, Any]:
+        logs = self._evaluating().evaluate(data)
+        if self._called_in_fit:
+            self._state.tested = {name: np.asarray(value) for name, value in logs.items()}
+        return logs
 
     def _evaluating(self) -> Evaluation:
         if self._evaluation is None or self._evaluation.model is not self.model or not self._called_in_fit:
@@ -187,26 +223,28 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             self.progbar.verbose = self.verbose
 
     def _name(self) -> str:
-        taken = self._job.membership.registry.names()
+        taken = {name.split(" on ")[0] for name in self._job.membership.registry.names()}
         return next(name for name in ("keras", *(f"keras{n}" for n in range(2, 1000))) if name not in taken)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _train(self, iterator: Any) -> dict[str, float]:
+    def _train(self, iterator: Any) -> Any:
         """Stand in for Keras's train function: do one step, or as many as are to be done in one execution."""
         assert self._traced is not None
         assert self._data is not None
+        assert self._accord is not None
         if not self._batch:
             self._check(iterator)
         for _ in range(min(self.model.steps_per_execution, len(self._data) - self._batch)):
             step = self._next()
             self._batch += 1
             if step is not None:
-                self._logs = self._traced.run(step)
+                self._state.logs, words = self._traced.run(step, self._accord.word())
+                self._accord.heed(words)
                 self._epoch_done = step.last
             if self.model.stop_training:
                 break
-        return self._logs
+        return _not_of_metrics(self._state.logs) if self._accord.passing else self._state.logs
 
     def _check(self, iterator: Any) -> None:
         """Refuse what Keras would have done with the data, and this callback does not."""
@@ -227,14 +265,14 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         """Return the step of this batch; None if it was done before this rank came, or if the job stops."""
         assert self._data is not None
         assert self._steps is not None
-        assert self._state is not None
+        assert self._accord is not None
         if self._epoch_done:
             return None
         if self._first is None:
             self._first = next(self._steps, None)
         step = self._first
         if step is None:
-            self.model.stop_training = True
+            self._accord.over = self.model.stop_training = True
             return None
         fixed = self._rule == rules.FIXED  # else steps are fewer than batches with more ranks: those left are passed over
         ahead = step.number - self._here if fixed else step.epoch - self._epoch
@@ -242,6 +280,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             raise ConfigError(
                 "fit(initial_epoch=…) is not for elastic jobs, which know themselves where to go on: leave it out"
             )
+        self._accord.passing = ahead > 0
         if ahead:
             return None
         self._state.put_back()
@@ -257,12 +296,15 @@ class _FitState:
 
     def __init__(self) -> None:
         self._received: dict[str, Any] = {}
+        self.logs: dict[str, Any] = {}  # of the last step
+        self.tested: dict[str, Any] = {}  # of the last validation
 
     def begin(self, model: Any, callbacks: Sequence[Any], adascale: rules.AdaScale | None) -> None:
         """Be that of this `fit`."""
         self._model, self._adascale = model, adascale
         self._own = State(model, model.optimizer)
         self._callbacks = Callbacks(callbacks)
+        self.logs, self.tested = {}, {}
 
     def state(self) -> dict[str, Any]:
         """Return all of it."""
@@ -271,6 +313,8 @@ class _FitState:
             prefixed("model", self._own.state())
             | prefixed("callbacks", self._callbacks.state())
             | prefixed("rule", dict(rule))
+            | prefixed("logs", {name: np.asarray(value) for name, value in self.logs.items()})
+            | prefixed("tested", self.tested)
         )
 
     def load(self, state: dict[str, Any]) -> None:
@@ -278,6 +322,8 @@ class _FitState:
         self._own.load(below("model", state))
         if self._adascale is not None:
             self._adascale.memory = below("rule", state)
+        self.logs = {name: value.tolist() for name, value in below("logs", state).items()}
+        self.tested = {name: value.copy() for name, value in below("tested", state).items()}
         self._received = {
             key: value.copy() if hasattr(value, "copy") else value for key, value in below("callbacks", state).items()
         }
@@ -294,3 +340,8 @@ class _FitState:
     def _reset(self) -> list[Any]:
         rate = self._model.optimizer.learning_rate
         return [*self._model.metrics_variables, *([rate] if hasattr(rate, "assign") else [])]
+
+
+def _not_of_metrics(logs: dict[str, Any]) -> Any:
+    """Return logs as Keras takes them as they are; in place of a dict it would read the metrics, which are reset."""
+    return MappingProxyType(logs)

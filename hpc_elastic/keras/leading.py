@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from ..errors import ConfigError
+from .state import Callbacks
+
 if TYPE_CHECKING:
     from ..runtime.job import Job
 
@@ -16,7 +19,8 @@ HOOKS = tuple(name for name in dir(keras.callbacks.Callback) if name.startswith(
 class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
     """Callback that passes Keras's calls on to another one, such as ``TensorBoard``, on the leader alone.
 
-    A rank that becomes the leader calls its ``on_train_begin`` then, or ``on_test_begin`` and so on.
+    A rank that becomes the leader calls its ``on_train_begin`` then, or ``on_test_begin`` and so on. What the callback
+    remembers comes along, as it was at the end of the last epoch, if this one is named in ``Elasticity(job, keep=[…])``.
 
     Parameters
     ----------
@@ -24,39 +28,70 @@ class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
         What `he.run` has given to the function.
     callback : keras.callbacks.Callback
         What does something once.
+
+    Attributes
+    ----------
+    callback : keras.callbacks.Callback
+        The same.
+
+    Raises
+    ------
+    ConfigError
+        If it is one that must not work on one rank alone.
     """
 
     def __init__(self, job: Job, callback: Any) -> None:
         super().__init__()
-        self._job, self._callback = job, callback
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            raise ConfigError(
+                "he.keras.OnLeader(BackupAndRestore) would load weights on one rank alone: leave it out, checkpoints of the "
+                "job are what it begins again from"
+            )
+        self._job, self.callback = job, callback
         self._begun: set[str] = set()
         for name in HOOKS:
             setattr(self, name, self._hook(name))
 
+    @property
+    def kept(self) -> list[Any]:
+        """The callback, if what it remembers should come along: a `CSVLogger` finds in its file what there is."""
+        return [] if isinstance(self.callback, keras.callbacks.CSVLogger) else [self.callback]
+
     def set_params(self, params: dict[str, Any]) -> None:
         """Pass the parameters on."""
         super().set_params(params)
-        self._callback.set_params(params)
+        self.callback.set_params(params)
 
     def set_model(self, model: Any) -> None:
         """Pass the model on."""
         super().set_model(model)
-        self._callback.set_model(model)
+        self.callback.set_model(model)
 
     def _hook(self, name: str) -> Callable[..., None]:
         kind = next((kind for kind in ("test", "predict") if f"_{kind}_" in name), "train")
-        begin, end, own = f"on_{kind}_begin", f"on_{kind}_end", getattr(self._callback, name)
+        begin, end, own = f"on_{kind}_begin", f"on_{kind}_end", getattr(self.callback, name)
 
         def hook(*arguments: Any, **keywords: Any) -> None:
             # At the begin of a fit a newcomer does not know yet whether it leads: it does not.
             if not self._job.leads:
                 return
-            if kind not in self._begun:
-                self._begun.add(kind)
-                if name != begin:
-                    getattr(self._callback, begin)()
+            begins, begun = name == begin, kind in self._begun
+            self._begun.add(kind)
+            if not begun and (not begins or (kind == "train" and self.model._initial_epoch)):  # noqa: SLF001  (of fit)
+                self._go_on(begin)
+                if begins:
+                    return
             own(*arguments, **keywords)
             if name == end:
                 self._begun.discard(kind)
 
         return hook
+
+    def _go_on(self, begin: str) -> None:
+        """Begin where another rank has worked before: behind what it has written, and with what it remembered."""
+        if isinstance(self.callback, keras.callbacks.CSVLogger):
+            self.callback.append = True
+        remembers = Callbacks(self.kept)
+        before = remembers.state()
+        getattr(self.callback, begin)()
+        remembers.load(before)

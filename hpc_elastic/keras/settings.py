@@ -48,7 +48,7 @@ def check() -> None:
     Raises
     ------
     ConfigError
-        If Keras runs on something else than TensorFlow, or the number of threads is left to the machine.
+        If Keras runs on something else than TensorFlow, the number of threads is left to the machine, or XLA is on.
     """
     import tensorflow as tf
 
@@ -65,6 +65,23 @@ def check() -> None:
             "he.keras.same_bits(threads=1) at the top of the script, before TensorFlow is used; or give "
             "he.keras.Elasticity(job, exact=False), for sums whose last bits depend on the ranks"
         )
+    flags = os.environ.get("TF_XLA_FLAGS", "")
+    if ("auto_jit" in flags and "auto_jit=0" not in flags) or tf.config.optimizer.get_jit():
+        raise ConfigError(
+            f"XLA would compile what it likes (TF_XLA_FLAGS={flags!r}, tf.config.optimizer.set_jit), and its bits depend on "
+            "what it fuses: switch that off"
+        )
     # These two are read whenever something is traced, so it is not too late for them.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     tf.config.experimental.enable_op_determinism()
+
+
+def of_bits() -> str:
+    """Return what the bits depend on and all ranks must have in common, as newcomers and checkpoints are compared by it."""
+    import tensorflow as tf
+
+    import keras
+
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default")
+    return f"TensorFlow {tf.__version__}, Keras {keras.__version__}, threads {threads}, oneDNN {onednn}"

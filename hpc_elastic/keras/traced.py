@@ -42,6 +42,8 @@ class Traced:
 
     Attributes
     ----------
+    seed : int
+        That of dropout and augmentation; the callback sets it.
     adascale : AdaScale or None
         What that rule remembers.
 
@@ -55,7 +57,7 @@ class Traced:
         self.model, self.data, self.rule = model, data, rule
         refused.refuse(model, rule, leaves)
         self.optimizer = model.optimizer
-        self.leaves = leaves
+        self.leaves, self.seed = leaves, 0
         self.adascale = rules.AdaScale() if rule == rules.ADASCALE else None
         model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (no public way builds metrics, too)
         refused.refuse_losses(model)
@@ -80,9 +82,12 @@ class Traced:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step) -> dict[str, Any]:
-        """Do a step, and return the values of its logs: floats, or arrays of metrics with several numbers. Collective."""
-        self._step, done = step, None
+    def run(self, step: Step, word: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        """Do a step, and return the values of its logs, and the sum of the `word` of each microbatch. Collective.
+
+        The values are floats, or arrays of metrics with several numbers.
+        """
+        self._step, self._word, done = step, word, None
         if self.adascale is not None and hasattr(self.optimizer, "dynamic_scale"):
             self._loss_scale = float(self.optimizer.dynamic_scale)
         while done is None:
@@ -91,11 +96,11 @@ class Traced:
         for name, shape in self._forms:
             start, stop = stop, stop + math.prod(shape)
             found[name] = done[start:stop].reshape(shape).copy() if shape else float(done[start])
-        return found
+        return found, self._words
 
     def _attempt(self, micros: list[Microbatch]) -> np.ndarray | None:
         """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
-        seed = self.data.seed or 0
+        seed = self.seed
         for micro in micros[:-1]:
             self._compute(micro, [micro[name] for name in self.data.names], seed, last=False)
         if micros:
@@ -125,9 +130,9 @@ class Traced:
         try:
             if self._micro is not None:
                 step.take(self._micro)
-                step.add(list(arrays[:means]), sums=list(arrays[means:]))
+                step.add(list(arrays[:means]), sums=[*arrays[means:], self._word])
             if self._last and step.exchange():
-                values, sums = step.reduce()
+                values, (*sums, self._words) = step.reduce()
                 self._whole = True
                 step.metrics |= self._loss_in(sums)
                 # Into the graph's own memory: what ranks share must not be where TensorFlow may compute in place.
