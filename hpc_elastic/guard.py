@@ -385,13 +385,13 @@ class Guard:
 
 def main() -> None:
     """Be the guard of one rank."""
-    arguments = sys.argv[1:]
-    if arguments[0] == "--stand-in":
-        guard, command = Guard("", ""), arguments[1:]
-    elif arguments[0] == "--warm":
-        guard, command = Guard(arguments[2], arguments[3], arguments[1]), arguments[4:]
+    kind, *arguments = sys.argv[1:]
+    if kind == "--stand-in":
+        guard, command = Guard("", ""), arguments
+    elif kind == "--warm":
+        guard, command = Guard(arguments[1], arguments[2], arguments[0]), arguments[3:]
     else:
-        guard, command = Guard(arguments[0], arguments[1]), arguments[2:]
+        guard, command = Guard(kind, arguments[0]), arguments[1:]
     guard.start(command)
     guard.watch()
     os._exit(guard.bury())

@@ -20,7 +20,6 @@ import contextlib
 import fcntl
 import gc
 import importlib
-import importlib.abc
 import json
 import os
 import select
@@ -31,84 +30,22 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import msgspec
 
 from . import warmth
 from .newborn import WORKER, Newborn, be_born
+from .preloading import preload_gently, threads
 
 LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
-NICENESS = 5  # a quarter of a core that is busy
 LARGEST = 1 << 18  # bytes of a request
-SETTLE_S = 1.0
 AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
 LONGEST_PAUSE_S = 30.0  # after ones that failed, each time twice as long; then no more
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
-
-
-class MpiRefused(BaseException):
-    """A module wants MPI: not here. No `Exception`, which a module may catch and then believe that there is none."""
-
-
-class NoMpi(importlib.abc.MetaPathFinder):
-    """Refuses MPI, and knows whether anybody wanted it."""
-
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:  # noqa: ARG002
-        """Raise for MPI; other modules are found by others."""
-        if name == warmth.MPI:
-            raise MpiRefused
-        return None
-
-
-def preload(names: Iterable[str]) -> dict[str, str]:
-    """Import the modules `names`; return why some could not be, by name."""
-    problems, refusing = {}, NoMpi()
-    sys.meta_path.insert(0, refusing)
-    for name in names:
-        before = set(sys.modules)
-        try:
-            importlib.import_module(name)
-        except MpiRefused:
-            top = name.partition(".")[0]
-            for new in [new for new in sys.modules if new not in before and new.partition(".")[0] == top]:
-                del sys.modules[new]  # as if nobody had tried
-        except BaseException as problem:  # noqa: BLE001  (user-installed code; the newcomer will see for itself)
-            problems[name] = f"{type(problem).__name__}: {problem}"
-    sys.meta_path.remove(refusing)
-    return problems
-
-
-def preload_gently(names: Iterable[str]) -> dict[str, str]:
-    """Do that in a thread of low priority. In Linux every thread has its own, and only it gets slow."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    return preload(names)
-
-
-def threads() -> int:
-    """Return the number of this process's threads that a fork would not take along, besides this one.
-
-    Libraries that end their threads before a fork, as OpenBLAS does, have none after one.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    deadline = time.monotonic() + SETTLE_S
-    while left := len(list(Path("/proc/self/task").iterdir())) - 1:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)  # one that has ended is to be seen for a moment
-    return left
 
 
 @dataclass

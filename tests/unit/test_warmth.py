@@ -132,7 +132,7 @@ def test_stamps_tell_of_another_version(tmp_path):
 PRELOAD = """
 import sys
 import time
-from hpc_elastic.warm import preload
+from hpc_elastic.preloading import preload
 sys.path.insert(0, sys.argv[1])
 found = preload(["asks", "asks.deep", "fails", "json"])
 print(found, [n for n in sys.modules if n in ("asks", "asks.deep", "mpi4py.MPI")])
