@@ -35,8 +35,7 @@ ASK_S = 1.0  # how long the warm parent may take
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
-PIPE = 1 << 16  # bytes that a pipe holds
-LAST_WORDS = 4096  # bytes
+PIPE, LAST_WORDS = 1 << 16, 4096  # bytes that a pipe holds, and of stderr that are kept
 UNKNOWN = 1 << 8  # the status of exit code 1
 LEAVE, STAND_IN = b"\0", b"\1"  # what handover.py is told, before the exit code
 
