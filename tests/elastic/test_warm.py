@@ -214,7 +214,7 @@ def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
 def test_tensorflow(tmp_path):
     """The same bits; and a newcomer has little memory of its own."""
     prepare("digits", "upright", tmp_path / "digits-upright")
-    job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "150")
+    job_of = ("-m", "jobs.image.train", "--folder", str(tmp_path), "--epochs", "25")
     with Job(hpc_elastic("run", "--run-dir", "s", *job_of), folder=tmp_path, limit_s=180) as job:
         static = job.wait().value("sha256")
     command = hpc_elastic("run", "--run-dir", "r", "--slots", 2, "--set", "warm=auto", *job_of)
