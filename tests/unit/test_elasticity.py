@@ -1,0 +1,77 @@
+"""The Keras callbacks without ranks: what they refuse, and what a stopping job leaves out."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+
+import numpy as np
+import pytest
+
+import hpc_elastic as he
+
+pytestmark = [
+    pytest.mark.tensorflow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keras():
+    he.keras.same_bits(threads=1)
+    return pytest.importorskip("keras")
+
+
+def test_what_would_work_on_one_rank_alone_is_refused(keras):
+    with pytest.raises(he.ConfigError, match="checkpoints of the job"):
+        he.keras.OnLeader(types.SimpleNamespace(), keras.callbacks.BackupAndRestore("backup"))
+
+
+def test_what_bits_depend_on(monkeypatch):
+    from hpc_elastic.keras import settings
+
+    settings.check()
+    before = settings.of_bits()
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    assert settings.of_bits() != before
+    monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_auto_jit=2")
+    with pytest.raises(he.ConfigError, match="XLA"):
+        settings.check()
+
+
+def test_a_stopping_job_does_not_validate(keras):
+    """The job is a fake one, that has none of what an evaluation by its ranks would use."""
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    elastic = he.keras.Elasticity(types.SimpleNamespace(stopped=True, leads=True))
+    elastic._called_in_fit = True
+    elastic._state.tested = {"loss": np.asarray(2.5)}
+    data = he.keras.data({"x": np.zeros((50, 5), np.float32), "label": np.zeros(50, np.int64)})
+    assert model.evaluate(data, callbacks=[elastic], return_dict=True, verbose=0) == {"loss": 2.5}
+
+
+def test_words_tell_whether_all_are_alike(keras):
+    from hpc_elastic.keras.accord import Accord
+
+    def accord(rate, *, leads):
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(rate), "mse")
+        model.history = keras.callbacks.History()
+        return Accord(types.SimpleNamespace(leads=leads, joined=False), model, [], weights=True), model
+
+    (leader, first), (other, second), (odd, _) = accord(0.1, leads=True), accord(0.1, leads=False), accord(0.2, leads=False)
+    first.stop_training = second.stop_training = False
+    leader.heed(3 * leader.word() + 5 * other.word())
+    with pytest.raises(he.ConfigError, match="keep="):
+        other.heed(3 * leader.word() + 4 * other.word() + odd.word())
+    second.stop_training = True  # which is the wish of one that does not lead
+    second.history.on_train_batch_end(0)
+    other.heed(leader.word() + other.word())
+    assert not second.stop_training
+    first.stop_training = True
+    first.history.on_train_batch_end(0)
+    assert not first.stop_training
+    other.heed(leader.word() + other.word())
+    assert second.stop_training
