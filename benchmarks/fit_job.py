@@ -2,9 +2,10 @@
 
 Usage: python fit_job.py FILE ROUNDS MODEL:BATCH:STEPS [MODEL:BATCH:STEPS ...]
 
-Both take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`, and of Keras's
-own train step, with the hooks that `fit` calls around it, at the least cost: a graph called on tensors that are ready, past
-the matching of arguments. Both have as many samples, and the latter exchanges nothing.
+All take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`; of what
+Keras's own `fit` does with arrays, its train function on its pipeline; and of Keras's own train step at the least cost, a
+graph called on tensors that are ready, past the matching of arguments. Keras alone exchanges nothing. All have the hooks
+that `fit` calls.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import hpc_elastic as he
 he.keras.same_bits(threads=1, seed=1)
 
 import tensorflow as tf  # noqa: E402
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter  # noqa: E402  (what `fit` makes of arrays)
 from mpi4py import MPI  # noqa: E402
 
 import keras  # noqa: E402  (after the settings that it reads when it starts)
@@ -66,7 +68,23 @@ def model_of(name: str) -> Any:
     return model
 
 
-class Alone:
+class Fit:
+    """What Keras's own `fit` of `model` does at each batch of `size` samples: its train function, on its own pipeline."""
+
+    def __init__(self, model: Any, images: np.ndarray, labels: np.ndarray, size: int) -> None:
+        adapter = ArrayDataAdapter(images, labels, batch_size=size, shuffle=True)
+        self._batches = iter(adapter.get_tf_dataset().repeat())
+        model._symbolic_build(data_batch=next(self._batches))  # noqa: SLF001  (no public way builds metrics, too)
+        model.make_train_function()
+        self.model = model
+
+    def step(self) -> dict[str, Any]:
+        """Train on the next batch, and return the logs."""
+        found: dict[str, Any] = self.model.train_function(self._batches)
+        return found
+
+
+class Graph:
     """Keras's own train step of `model` on batches of `size` samples, which are tensors from the beginning."""
 
     def __init__(self, model: Any, images: np.ndarray, labels: np.ndarray, size: int) -> None:
@@ -83,22 +101,22 @@ class Alone:
 
 
 class Rounds(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times `n` steps of the elastic fit, then `n` steps of Keras alone, and so on."""
+    """Times `n` steps of the elastic fit, then `n` steps of each of the ways of Keras alone, and so on."""
 
-    def __init__(self, comm: MPI.Intracomm, plain: Alone, n: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, alone: dict[str, Fit | Graph], n: int) -> None:
         super().__init__()
-        self._comm, self._plain, self._n = comm, plain, n
-        self._hooks = keras.callbacks.CallbackList([], add_history=True, model=plain.model, epochs=1, steps=None, verbose=0)
-        self._hooks.on_train_begin()
+        self._comm, self._alone, self._n = comm, alone, n
+        self._hooks = {name: _hooks(way.model) for name, way in alone.items()}
         self._step, self._begun = 0, 0.0
-        self.took: dict[str, list[float]] = {"elastic": [], "alone": []}
+        self.took: dict[str, list[float]] = {"elastic": [], **{name: [] for name in alone}}
 
-    def _alone(self) -> float:
+    def _time(self, name: str) -> float:
+        hooks, way = self._hooks[name], self._alone[name]
         self._comm.Barrier()
         begun = time.perf_counter()
         for step in range(self._n):
-            self._hooks.on_train_batch_begin(step)
-            self._hooks.on_train_batch_end(step, self._plain.step())
+            hooks.on_train_batch_begin(step)
+            hooks.on_train_batch_end(step, way.step())
         return (time.perf_counter() - begun) / self._n
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
@@ -111,9 +129,16 @@ class Rounds(keras.callbacks.Callback):  # type: ignore[misc]
         if len(self.took["elastic"]) == WARM + ROUNDS:
             self.model.stop_training = True
             return
-        self.took["alone"].append(self._alone())
+        for name in self._alone:
+            self.took[name].append(self._time(name))
         self._comm.Barrier()
         self._begun = time.perf_counter()
+
+
+def _hooks(model: Any) -> Any:
+    hooks = keras.callbacks.CallbackList([], add_history=True, model=model, epochs=1, steps=None, verbose=0)
+    hooks.on_train_begin()
+    return hooks
 
 
 def measure(job: he.Job, comm: MPI.Intracomm, name: str, batch: int, n: int) -> dict[str, Any]:
@@ -122,16 +147,16 @@ def measure(job: he.Job, comm: MPI.Intracomm, name: str, batch: int, n: int) -> 
     images = rng.random((SAMPLES, SIDE, SIDE), np.float32)
     labels = rng.integers(0, CLASSES, SAMPLES)
     model = model_of(name)
-    rounds = Rounds(comm, Alone(model_of(name), images, labels, batch // comm.size), n)
+    own = (images, labels, batch // comm.size)
+    rounds = Rounds(comm, {"fit": Fit(model_of(name), *own), "graph": Graph(model_of(name), *own)}, n)
     data = he.keras.data({"image": images, "label": labels}, batch=batch)
     model.fit(data, epochs=10_000, verbose=0, callbacks=[he.keras.Elasticity(job), rounds])
-    slowest = np.array([rounds.took[kind][-ROUNDS:] for kind in ("elastic", "alone")])
+    slowest = np.array([took[-ROUNDS:] for took in rounds.took.values()])
     comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
     return {
         "parameters": model.count_params(),
         "variables": len(model.trainable_variables),
-        "elastic": slowest[0].tolist(),
-        "alone": slowest[1].tolist(),
+        **dict(zip(rounds.took, slowest.tolist(), strict=True)),
     }
 
 
