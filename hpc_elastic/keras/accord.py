@@ -7,7 +7,7 @@ an epoch, or after the next step. What else callbacks change is compared, since 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..state import Registry
 from .state import Callbacks
+from .tracing import watched
 
 if TYPE_CHECKING:
     from ..runtime.job import Job
@@ -56,9 +57,7 @@ class Accord:
         if led:
             self._led.add({"callbacks": Callbacks(led)})
         self._wish = self._stops = self.passing = self.over = False
-        rate = model.optimizer.learning_rate
-        watched = [rate] if hasattr(rate, "assign") else []
-        self._watched = [variable.value for variable in (*watched, model.optimizer.iterations)]
+        self._watched = watched(model.optimizer)
         self._history = model.history
         for name in HOOKS:
             setattr(self._history, name, self._behind(name))
@@ -75,9 +74,12 @@ class Accord:
 
     # --- in each step -------------------------------------------------------------------------------------------------
 
-    def word(self) -> NDArray[np.int64]:
-        """Return what this rank has to say, to be added up over the microbatches: int64 ``[4]``."""
-        digest = zlib.crc32(b"".join(variable.numpy().tobytes() for variable in self._watched)) & DIGEST
+    def word(self, values: Iterable[NDArray[Any]]) -> NDArray[np.int64]:
+        """Return what this rank has to say, to be added up over the microbatches: int64 ``[4]``.
+
+        `values` are those of the variables that are `tracing.watched`, which the graph of a step reads at no cost.
+        """
+        digest = zlib.crc32(b"".join(value.tobytes() for value in values)) & DIGEST
         return np.array([1, digest, digest * digest, self._wish and self._job.leads], np.int64)
 
     def heed(self, total: NDArray[np.int64]) -> None:
@@ -121,7 +123,7 @@ class Accord:
         for variable in self._model.weights if self._weights else ():
             digest = zlib.crc32(np.ascontiguousarray(variable).reshape(-1).view(np.uint8).data, digest)
         for variable in self._watched:
-            digest = zlib.crc32(variable.numpy().tobytes(), digest)
+            digest = zlib.crc32(np.asarray(variable).tobytes(), digest)
         membership, words = self._job.membership, [np.empty(0, np.int64)]
 
         def exchange() -> None:

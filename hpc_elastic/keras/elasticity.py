@@ -239,7 +239,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             step = self._next()
             self._batch += 1
             if step is not None:
-                self._state.logs, words = self._traced.run(step, self._accord.word())
+                self._state.logs, words = self._traced.run(step, self._accord.word)
                 self._accord.heed(words)
                 self._epoch_done = step.last
             if self.model.stop_training:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +18,14 @@ import tensorflow as tf
 from ..errors import ConfigError
 from . import refused, rules
 from .flat import Flat
-from .tracing import SEEDS, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of
+from .tracing import SEEDS, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of, watched
 
 if TYPE_CHECKING:
     from ..runtime.batches import Microbatch
     from ..runtime.step import Step
     from .dataset import Data
+
+Word = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 class Traced:
@@ -63,7 +65,7 @@ class Traced:
         refused.refuse_losses(model)
         refused.refuse_metrics(model, data)
         self._seeds = seeds_of(model)
-        self._metrics = model.metrics_variables
+        self._metrics, self._watched = model.metrics_variables, watched(self.optimizer)
         self._step: Step | None = None
         self._micro: Microbatch | None = None
         self._last = self._whole = False
@@ -82,10 +84,10 @@ class Traced:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step, word: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-        """Do a step, and return the values of its logs, and the sum of the `word` of each microbatch. Collective.
+    def run(self, step: Step, word: Word) -> tuple[dict[str, Any], np.ndarray]:
+        """Do a step, and return the values of its logs, and the sum of the words of all microbatches. Collective.
 
-        The values are floats, or arrays of metrics with several numbers.
+        The values are floats, or arrays of metrics with several numbers. `word` is called with what is `tracing.watched`.
         """
         self._step, self._word, done = step, word, None
         if self.adascale is not None and hasattr(self.optimizer, "dynamic_scale"):
@@ -117,20 +119,21 @@ class Traced:
         refused.check_like(arrays, self.data)
         if micro is not None and self._seeds:
             words = tf.constant(seed_words(seed, self._step.number, micro.index), tf.int32)
-        _, logs = self._call(words, *(tf.convert_to_tensor(array) for array in arrays), *self._captures)
+        _, logs = self._call(words, *(tf.constant(array) for array in arrays), *self._captures)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
         return logs
 
-    def _meet(self, *arrays: np.ndarray) -> list[Any]:
+    def _meet(self, *given: np.ndarray) -> list[Any]:
         """Contribute a microbatch; if it is the last one, do the sum. Called from the graph, which no error may leave."""
-        step, means = self._step, len(self._means.dtypes)
+        step, means, count = self._step, len(self._means.dtypes), len(given) - len(self._watched)
+        arrays = given[:count]
         assert step is not None
         try:
             if self._micro is not None:
                 step.take(self._micro)
-                step.add(list(arrays[:means]), sums=[*arrays[means:], self._word])
+                step.add(list(arrays[:means]), sums=[*arrays[means:], self._word(given[count:])])
             if self._last and step.exchange():
                 values, (*sums, self._words) = step.reduce()
                 self._whole = True
@@ -166,7 +169,7 @@ class Traced:
     # --- the graph ----------------------------------------------------------------------------------------------------
 
     def _microbatch(self, words: tf.Tensor, *flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        metrics = self._metrics
+        metrics, watching = self._metrics, [read(variable) for variable in self._watched]
         before = [read(variable) for variable in metrics]
         for variable in metrics:
             variable.assign(tf.zeros_like(variable.value))
@@ -203,7 +206,7 @@ class Traced:
         self._loss_places = self._places(sums)
         packed = [*self._means.pack(means), *self._sums.pack(sums)]
         dtypes = [tf.bool, *(tensor.dtype for tensor in packed), tf.float32]
-        whole, *results, factor = tf.numpy_function(self._meet, packed, dtypes)
+        whole, *results, factor = tf.numpy_function(self._meet, [*packed, *watching], dtypes)
         whole.set_shape([])
         factor.set_shape([])
 

@@ -29,6 +29,12 @@ def seed_words(seed: int, step: int, microbatch: int) -> tuple[int, int]:
     return (mixed >> 33, mixed & 0x7FFFFFFF)
 
 
+def watched(optimizer: Any) -> list[Any]:
+    """Return the variables of an optimizer that callbacks may change: its rate, unless that is a schedule, and its steps."""
+    rate = optimizer.learning_rate
+    return [*([rate] if hasattr(rate, "assign") else []), optimizer.iterations]
+
+
 def read(variable: Any) -> tf.Tensor:
     """Return the value that a variable has at this place of the graph."""
     return tf.identity(variable.value)

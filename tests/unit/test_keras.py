@@ -17,7 +17,11 @@ pytestmark = [
     ),
 ]
 SAMPLES, LEAVES = 50, 4
-WORD = np.zeros(4, np.int64)  # nothing that has to be agreed upon
+
+
+def word(_):
+    """Nothing that has to be agreed upon."""
+    return np.zeros(4, np.int64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -258,9 +262,9 @@ def test_adascale_needs_microbatches(keras, arrays):
     with pytest.raises(he.ConfigError, match="microbatches to 2 or more"):
         Traced(build(keras), data, 1, "adascale")
     step = Traced(build(keras), data, LEAVES, "adascale")
-    step.run(Alone(arrays, 1), WORD)  # the last batch may have a single sample
+    step.run(Alone(arrays, 1), word)  # the last batch may have a single sample
     assert step.adascale.memory["weight"] == 0
-    step.run(Alone(arrays, SAMPLES), WORD)
+    step.run(Alone(arrays, SAMPLES), word)
     assert step.adascale.memory["weight"] > 0
 
 
@@ -272,7 +276,7 @@ def test_adascale_remembers_gradients_without_the_scale_of_the_loss(keras, array
         if scale:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
         step = traced(build(keras, optimizer), arrays, rule="adascale")
-        step.run(Alone(arrays, SAMPLES), WORD)
+        step.run(Alone(arrays, SAMPLES), word)
         memories.append(step.adascale.memory)
     assert memories[1] == pytest.approx(memories[0], rel=1e-4)
     assert memories[2] == pytest.approx(memories[0], rel=1e-4)
@@ -334,7 +338,7 @@ def test_metrics_with_several_numbers(keras, arrays):
     found = evaluation(model).evaluate(data)
     assert {name: np.shape(value) for name, value in found.items()} == {"loss": (), "accuracy": (), "f1_score": (2,)}
     model.reset_metrics()
-    logs, _ = Traced(model, data, LEAVES).run(Alone(arrays, SAMPLES), WORD)
+    logs, _ = Traced(model, data, LEAVES).run(Alone(arrays, SAMPLES), word)
     for name, value in logs.items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-5)
         np.testing.assert_allclose(found[name], whole[name], rtol=1e-5)
@@ -352,7 +356,7 @@ def test_samples_of_another_kind_are_refused(keras, arrays):
     step = traced(build(keras), arrays)
     for other in (arrays["x"].astype(np.float64), arrays["x"][:, :4]):
         with pytest.raises(he.ConfigError, match="field 'x' has samples of"):
-            step.run(Alone(arrays | {"x": other}, SAMPLES), WORD)
+            step.run(Alone(arrays | {"x": other}, SAMPLES), word)
 
 
 def test_what_an_evaluation_draws_depends_on_the_part_alone(keras, arrays, monkeypatch):
