@@ -34,7 +34,7 @@ def test_the_leader_alone_stops(what, steps, tmp_path, pytestconfig):
 
 @pytest.mark.parametrize("what", ["rate", "weights"])
 def test_ranks_that_differ_raise(what, tmp_path, pytestconfig):
-    if what == "weights" and not pytestconfig.getoption("all_faults"):
+    if not pytestconfig.getoption("all_faults"):
         pytest.skip("one of --all-faults")
     done = run(tmp_path, what, *TWO)
     assert done.code != 0

@@ -46,11 +46,11 @@ def run(command, case, data, folder):
 
 def pytest_generate_tests(metafunc):
     if "timetable" in metafunc.fixturenames:
-        more = ["2:4,5:2-0,7:3", "1:2,3:1-0,5:4"] if metafunc.config.getoption("all_faults") else []
-        metafunc.parametrize("timetable", ["3:2", *more])
+        all_faults = metafunc.config.getoption("all_faults")
+        metafunc.parametrize("timetable", ["3:2", *(["2:4,5:2-0,7:3", "1:2,3:1-0,5:4"] if all_faults else [])])
+        metafunc.parametrize("case", CASES if all_faults else ["recommend"])
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_same_bits(case, timetable, data, tmp_path):
     static = run(python(), case, data, tmp_path)
     command = hpc_elastic("run", "--run-dir", "r", "--slots", 5, "--timetable", timetable, "--hold")

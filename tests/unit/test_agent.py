@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hpc_elastic
+from hpc_elastic.keeper import Keeper
 from hpc_elastic.places import companion_file, order_file
 from hpc_elastic.rundir import RunDirectory
 
@@ -206,7 +207,8 @@ def test_the_warm_parent_is_ended_last(run, agent, tmp_path):
     begun, gone, note = tmp_path / "begun", tmp_path / "gone", tmp_path / "note"
     wait = "while :; do sleep 0.01; done"
     told = f'trap "[ -e {gone} ] && echo after > {note} || echo before > {note}; exit" TERM'
-    spec = {"command": ["/bin/sh", "-c", f"{told}; touch {begun}; {wait}"], "environ": {"PATH": os.environ["PATH"]}}
+    lock = f"exec 9>{Keeper(str(run.path)).file('lock')}; flock -x 9"  # without it, others would be started
+    spec = {"command": ["/bin/sh", "-c", f"{lock}; {told}; touch {begun}; {wait}"], "environ": {"PATH": os.environ["PATH"]}}
     run.put(run.path / "warm" / "spec.json", spec)
     ready = tmp_path / "ready"
     ending = f'trap "sleep 0.3; touch {gone}; exit" TERM; touch {ready}; {wait}'
