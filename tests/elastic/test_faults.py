@@ -22,7 +22,7 @@ from .fault_table import ACTIONS
 
 EPOCHS, PAUSE_S = 4, 0.01
 SIZE, TURNS = 33, 64
-DELAY_S, STALL_S = 1.0, 1.5
+DELAY_S, STALL_S = 1.0, 3.0  # a sign of life is a write to a disk, which may be busy with what all other tests write
 GROWS, SHRINKS, LED_AWAY, REPLACES = "3:3,30:4", "3:3,30:2-1", "3:3,30:2-0", "3:3,30:3-1"
 WHO = {"leader": "gen=1:role=leader", "other": "gen=1:rank=2", "newcomer": "member=3", "leaver": "gen=1:rank=1"}
 POINT = "point:kill:gen=1:rank=1:step=20;"
