@@ -33,9 +33,8 @@ def test_the_leader_alone_stops(what, steps, tmp_path, pytestconfig):
 
 
 @pytest.mark.parametrize("what", ["rate", "weights"])
-def test_ranks_that_differ_raise(what, tmp_path, pytestconfig):
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+@pytest.mark.usefixtures("all_faults")
+def test_ranks_that_differ_raise(what, tmp_path):
     done = run(tmp_path, what, *TWO)
     assert done.code != 0
     for rank in (0, 1):
@@ -48,10 +47,9 @@ def test_fits_of_what_is_compiled_anew(tmp_path):
     assert done.code == 0, done.err
 
 
-def test_callbacks_of_the_leader_go_on_elsewhere(tmp_path, pytestconfig):
+@pytest.mark.usefixtures("all_faults")
+def test_callbacks_of_the_leader_go_on_elsewhere(tmp_path):
     """Its file is gone on with, under one head line; the best of all epochs is known to who leads at the end."""
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
     done = run(tmp_path, "logger", "--slots", 3, "--timetable", "3:3,13:2-0", "--hold")
     assert done.code == 0, done.err
     lines = (tmp_path / "log.csv").read_text().splitlines()

@@ -62,11 +62,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.tensorflow
-def test_fit(tmp_path, pytestconfig):
+@pytest.mark.usefixtures("all_faults")
+def test_fit(tmp_path):
     """Keras's metrics, and those of its validation, over a change of the leader."""
     pytest.importorskip("keras")
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
     curves = []
     for name, options in (("static", ()), ("elastic", ("--timetable", "15:2,35:1-0", "--hold"))):
         (tmp_path / name).mkdir()

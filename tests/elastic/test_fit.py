@@ -75,9 +75,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(name, static, tmp_path, pytestconfig):
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+@pytest.mark.usefixtures("all_faults")
+def test_variants(name, static, tmp_path):
     script = VARIANTS[name]
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,17:2-0"), script)
     assert done.out == static(*script)
@@ -103,10 +102,9 @@ def test_a_restart_within_an_epoch(static, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["adascale", "linear", "sqrt"])
-def test_a_batch_for_each_rank(rule, tmp_path, pytestconfig):
+@pytest.mark.usefixtures("all_faults")
+def test_a_batch_for_each_rank(rule, tmp_path):
     """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch."""
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
     script = ("cnn", "--validate", "--batch", 25, "--rule", rule)
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)
     check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
@@ -116,10 +114,9 @@ def test_a_batch_for_each_rank(rule, tmp_path, pytestconfig):
     assert losses[-1] < losses[0] / 2
 
 
-def test_one_bar(tmp_path, pytestconfig):
+@pytest.mark.usefixtures("all_faults")
+def test_one_bar(tmp_path):
     """The leader alone draws Keras's bar, and logs, also when another one leads."""
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
     done = run(tmp_path, ("--slots", 3, "--timetable", "2:3,12:2-0", "--hold"), ("custom", "--verbose", 2, "--log"))
     for begin in ("10/10", "logged"):
         assert len([line for line in done.out.splitlines() if line.startswith(begin)]) == EPOCHS

@@ -39,12 +39,6 @@ def start(shards, tmp_path):
     return begin
 
 
-@pytest.fixture
-def all_faults(pytestconfig):
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("with --all-faults")
-
-
 def under_way(path):
     until(lambda: (path / "status.json").exists() and RunDirectory(path).status().step > 0)
     return RunDirectory(path)
