@@ -49,6 +49,8 @@ class Inbox:
             return
         self._next = now + INBOX_EVERY_S
         for name, request in session.run.requests():
+            if request is not None and request.kind == "resize" and not self._leader.all_gone():
+                continue  # what can be had is known when the leavers' slots are free: it is answered then
             session.run.answer(name, self._answer(here, request))
         limit = session.config.time_limit_s
         if limit and session.seconds() >= limit and not self.stops:

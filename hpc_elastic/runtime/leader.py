@@ -112,8 +112,8 @@ class Leader:
             return kept
         # A resize is done when its leavers are gone: only then their slots can be had again.
         if hold:
-            self.world.watch.until(self._all_gone, self.session.config.deadline_s, "leavers to end")
-        if self._under_way is None and self._all_gone():
+            self.world.watch.until(self.all_gone, self.session.config.deadline_s, "leavers to end")
+        if self._under_way is None and self.all_gone():
             if told is not None:
                 self._begin(here, told, forced=True, minimum=1)
             else:
@@ -311,7 +311,7 @@ class Leader:
 
     # --- leavers ------------------------------------------------------------------------------------------------------
 
-    def _all_gone(self) -> bool:
+    def all_gone(self) -> bool:
         """Give back the slots of leavers whose processes have ended; True if all have."""
         if not self.office.leaving:
             self._leaving_since = self.session.clock()
@@ -346,8 +346,6 @@ class Leader:
 
     def busy(self) -> str | None:
         """Return why no other resize can be asked for now, or None."""
-        if not self._all_gone():
-            return "a resize is under way, its leavers are still ending: ask again in a moment"
         to = self._under_way.resize.ranks if self._under_way is not None else self.office.asked
         return f"a resize to {to} ranks is under way: ask again when it is done" if to is not None else None
 
