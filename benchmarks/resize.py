@@ -1,6 +1,6 @@
 """How long the training ranks stand still at a resize, and how long a newcomer takes: 1 -> 2 -> 4 -> 2 -> 1, repeated.
 
-    python -m benchmarks.resize --json [--job numpy] [--cycles 10]
+    python -m benchmarks.resize --json [--cycles 10]
 
 A rank stands still at the boundary between two steps (merge, sync, split and so on), and within a step when the spawn of a
 newcomer holds the MPI's lock. Both are read off stamps that the job's own loop writes, on every rank; the slowest rank
@@ -10,7 +10,6 @@ counts. The stages are the runtime's own, from the run's events.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ AROUND_S = 0.05  # between the events and the stamps
 STALL_S = 0.02  # a step that takes this much longer than the median was held up, not merely slow
 
 
-def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], list[events.Ready], dict[int, np.ndarray]]:
+def run(cycles: int, folder: Path) -> tuple[list[events.Resized], list[events.Ready], dict[int, np.ndarray]]:
     """Run the job through `cycles` cycles; return the resizes, the newcomers' reports, and the stamps by member."""
     entries = [f"{APART * (i + 1)}:{SIZES[i % len(SIZES)]}" for i in range(cycles * len(SIZES))]
     stamps = folder / "stamps"
@@ -41,7 +40,7 @@ def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], lis
     turns = 200_000  # more than enough: the job is stopped after the last resize
     script = str(Path(__file__).parent / "resize_job.py")
     options = ["--run-dir", str(folder / "run"), "--slots", "4", "--timetable", ",".join(entries)]
-    command = [sys.executable, "-m", "hpc_elastic.cli", "run", *options, script, kind, str(stamps), str(turns)]
+    command = [sys.executable, "-m", "hpc_elastic.cli", "run", *options, script, "numpy", str(stamps), str(turns)]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while process.poll() is None:
             try:
@@ -51,7 +50,7 @@ def run(kind: str, cycles: int, folder: Path) -> tuple[list[events.Resized], lis
                     stop = [sys.executable, "-m", "hpc_elastic.cli", "stop", str(folder / "run"), "--wait"]
                     subprocess.run(stop, check=False, stdout=sys.stderr, stderr=sys.stderr)
     if process.returncode != 0:
-        cannot(f"the {kind} job ended with exit code {process.returncode}")
+        cannot(f"the job ended with exit code {process.returncode}")
     ready = [event for event in events.read(folder / "run" / "events.jsonl") if isinstance(event, events.Ready)]
     return _resizes(folder), ready, {int(file.stem): np.load(file) for file in stamps.iterdir()}
 
@@ -89,10 +88,10 @@ def stalls_s(change: events.Resized, ready: list[events.Ready], stamps: dict[int
     return max(found)
 
 
-def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
-    """Return the records of one kind of job."""
+def measure(cycles: int, mpi: str) -> list[Record]:
+    """Return the records."""
     with tempfile.TemporaryDirectory() as folder:
-        resizes, ready, stamps = run(kind, cycles, Path(folder))
+        resizes, ready, stamps = run(cycles, Path(folder))
     found = []
     for sizes, name in CHANGES.items():
         these = [change for change in resizes if (change.before, change.after) == sizes]
@@ -105,7 +104,7 @@ def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
         if grows:
             stages = {"spawn": round(statistics.median(held_ms), 2), **stages}
         context = {
-            "job": kind,
+            "job": "numpy",
             "change": name,
             "mpi": mpi,
             "state_bytes": max(c.state_bytes for c in these),
@@ -114,7 +113,7 @@ def measure(kind: str, cycles: int, mpi: str) -> list[Record]:
         found.append(record("standstill_ms", total_ms, "ms", context, GOALS_MS.get(name)))
         if grows:
             wait = [change.wait_s + change.standstill_s for change in these]
-            found.append(record("newcomer_s", wait, "s", {"job": kind, "change": name, "mpi": mpi}))
+            found.append(record("newcomer_s", wait, "s", {"job": "numpy", "change": name, "mpi": mpi}))
     return found
 
 
@@ -122,18 +121,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--job", choices=["numpy", "tensorflow"], action="append")
     parser.add_argument("--cycles", type=int, default=10)
     settings = parser.parse_args()
     try:
         mpi = find_mpiexec()[1].key
     except LaunchError as error:
         cannot(str(error))
-    jobs = settings.job or ["numpy", *(["tensorflow"] if importlib.util.find_spec("tensorflow") else [])]
-    if "tensorflow" in jobs and importlib.util.find_spec("tensorflow") is None:
-        cannot("TensorFlow is not installed")
-    for kind in jobs:
-        show(measure(kind, settings.cycles, mpi), as_json=settings.json)
+    show(measure(settings.cycles, mpi), as_json=settings.json)
 
 
 if __name__ == "__main__":
