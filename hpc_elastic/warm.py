@@ -75,7 +75,8 @@ class WarmParent:
     def __post_init__(self) -> None:
         self.folder = self.run / "warm"
         self.socket, self.refused = self.folder / f"{HOST}.sock", self.folder / f"{HOST}.refused"
-        self.spec = msgspec.json.decode((self.folder / "spec.json").read_bytes(), type=warmth.Spec)
+        # Not by msgspec alone: variables and folders may hold bytes that are no UTF-8.
+        self.spec = msgspec.convert(json.loads((self.folder / "spec.json").read_bytes()), warmth.Spec)
         self.born = dict(os.environ)
         self.dispositions = {number: signal.getsignal(number) for number in IGNORED}
         for number in IGNORED:
