@@ -56,4 +56,6 @@ class Warming:
         command = [sys.executable, "-m", "hpc_elastic.warm", str(run.path)]
         path = self._leader.session.script.path
         with contextlib.suppress(OSError):  # the keeper finds none, or that of before; the job needs neither
-            run.put(run.path / "warm" / "spec.json", warmth.Spec(modules=modules, path=path, command=command, environ=environ))
+            run.put(
+                run.path / "warm" / "spec.json", warmth.Spec(modules=modules, path=path, command=command, environ=environ)
+            )
