@@ -149,7 +149,7 @@ class Attempt:
             self._well_since = self._well_since or now
             if now - self._well_since > SILENCE * stall_s and now >= self._next_look:
                 self._next_look = now + LOOK_S
-                self.lingers = leftovers.stopped(self._run.path)
+                self.lingers = bool(leftovers.stopped(self._run.path))
             return self.lingers
         if now < self._next_look:
             return False
@@ -231,6 +231,7 @@ class Attempt:
         if thoroughly:
             left = leftovers.remove(self._run.path, self._begun)
         else:
+            leftovers.end(leftovers.stopped(self._run.path))  # such as a warm parent, which would never see that it is over
             leftovers.await_proxies(self._run.path)
             leftovers.remove_shared_memory(self._begun)
         with contextlib.suppress(OSError):

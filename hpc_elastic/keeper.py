@@ -69,7 +69,7 @@ class Keeper:
         """Tell whether one has found that it can't serve, with what is to be imported now."""
         try:
             return os.stat(self.file("refused")).st_mtime_ns >= os.stat(os.path.join(self.folder, "spec.json")).st_mtime_ns
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def start(self) -> str:
@@ -87,7 +87,7 @@ class Keeper:
                 )
             finally:
                 os.close(log)
-        except (OSError, ValueError, KeyError) as problem:
+        except (OSError, ValueError, KeyError, TypeError) as problem:
             return f"no warm parent: {problem}"
         return ""
 

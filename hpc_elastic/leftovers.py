@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from .comm.vendor import VENDORS, named, orphaned_files, orphaned_shared_memory
@@ -45,13 +46,21 @@ def processes(run: Path) -> list[int]:
     return found
 
 
-def stopped(run: Path) -> bool:
-    """Tell whether a process of `run` is stopped (proc(5), state T)."""
+def stopped(run: Path) -> list[int]:
+    """Return the processes of `run` that are stopped (proc(5), state T)."""
+    found = []
     for pid in processes(run):
         with contextlib.suppress(OSError):
             if (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
-                return True
-    return False
+                found.append(pid)
+    return found
+
+
+def end(pids: Iterable[int]) -> None:
+    """Kill processes."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _line() -> set[int]:
@@ -70,9 +79,7 @@ def remove(run: Path, since: float) -> list[int]:
     """Kill the processes of `run`, remove shared memory of after the time `since` that nobody maps; return those left."""
     deadline = time.monotonic() + GONE_WITHIN_S
     while (left := processes(run)) and time.monotonic() < deadline:
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        end(left)
         time.sleep(LOOK_S)
     remove_shared_memory(since)
     return left

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -201,7 +202,7 @@ class RunDirectory:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(value))
+            file.write(_encoded(value))
         return beside
 
     def get(self, path: Path, kind: type[T]) -> T | None:
@@ -381,3 +382,11 @@ class RunDirectory:
         self.put(self._answers / name, answer)
         with contextlib.suppress(OSError):  # not a file: it is passed over from now on
             (self._inbox / name).unlink(missing_ok=True)
+
+
+def _encoded(value: msgspec.Struct | Mapping[str, Any]) -> bytes:
+    """Return `value` as JSON: bytes of names and variables that are no UTF-8 as escapes, which only `json` reads."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(value)).encode()

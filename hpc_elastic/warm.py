@@ -75,7 +75,8 @@ class WarmParent:
     def __post_init__(self) -> None:
         self.folder = self.run / "warm"
         self.socket, self.refused = self.folder / f"{HOST}.sock", self.folder / f"{HOST}.refused"
-        self.spec = msgspec.json.decode((self.folder / "spec.json").read_bytes(), type=warmth.Spec)
+        # Not by msgspec alone: variables and folders may hold bytes that are no UTF-8.
+        self.spec = msgspec.convert(json.loads((self.folder / "spec.json").read_bytes()), warmth.Spec)
         self.born = dict(os.environ)
         self.dispositions = {number: signal.getsignal(number) for number in IGNORED}
         for number in IGNORED:
@@ -121,7 +122,8 @@ class WarmParent:
     def warm_up(self) -> str:
         """Import everything; return why it can't serve, or nothing."""
         sys.path[:] = self.spec.path
-        self.stamps = warmth.stamps(self.spec.modules, self.spec.path)
+        self.modules = self.spec.modules
+        self.stamps = warmth.stamps(self.modules, self.spec.path)
         begun, problems = time.monotonic(), dict[str, str]()
         worker = threading.Thread(target=lambda: problems.update(preload_gently(self.spec.modules)), daemon=True)
         worker.start()
@@ -129,6 +131,9 @@ class WarmParent:
             worker.join(LOOK_S)
             if self.over():
                 os._exit(0)
+        # What these have imported themselves, as plugins or settings of the user's own: that may change as well.
+        self.modules = warmth.preloadable(dict(sys.modules), list(map(Path, self.spec.path))) | self.spec.modules
+        self.stamps = warmth.stamps(self.modules, self.spec.path) | self.stamps
         left = threads()
         for name, problem in problems.items():
             print(f"not imported: {name}: {problem}", flush=True)
@@ -218,7 +223,7 @@ class WarmParent:
         _, user, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user != os.geteuid():
             return f"it serves user {os.geteuid()}, and user {user} asks"
-        asked, now = warmth.unpacked(data), warmth.stamps(self.spec.modules, self.spec.path)
+        asked, now = warmth.unpacked(data), warmth.stamps(self.modules, self.spec.path)
         why = warmth.mismatch(asked, self.born, self.stamps, now)
         if why:
             self.retire()  # whoever starts the next one does that with the files and variables of then

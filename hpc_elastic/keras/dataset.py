@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,8 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
         shuffle: bool,
     ) -> None:
         super().__init__()
-        self.samples, self.batch, self.decode, self.shuffle, self.seed = samples, batch, decode, shuffle, seed
+        self.samples, self.batch = samples, operator.index(batch)
+        self.decode, self.shuffle, self.seed = decode, shuffle, seed
         if batch < 1 or not len(samples):
             raise ConfigError(f"he.keras.data of {len(samples)} samples in batches of {batch}: there must be some of each")
         self._order = Order(len(samples), seed or 0, shuffle, samples.chunk_samples)

@@ -70,6 +70,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._fits = 0
         self._accord: Accord | None = None
         self._evaluation: Evaluation | None = None
+        self._others: Any = None  # the model's train function without this callback
         self._keras_own: Any = None  # its test or predict function, while the own one is in its place
 
     # --- Keras's hooks ------------------------------------------------------------------------------------------------
@@ -83,6 +84,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:
         """Put the own train function into its place, before `fit` makes its own."""
         super().set_model(model)
+        self._others = model.train_function
         model.train_function = self._train
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -213,9 +215,9 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         return self._evaluation
 
     def _leave(self) -> None:
-        """Let a `fit` without this callback have Keras's own train function."""
+        """Let a `fit` without this callback have its own train function, also one from which this is called."""
         if not self._called_in_fit:
-            self.model.train_function = None
+            self.model.train_function = self._others
 
     def _quiet(self) -> None:
         self.verbose = self._verbose if self._job.leads else 0

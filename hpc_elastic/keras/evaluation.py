@@ -35,7 +35,7 @@ class Evaluation:
     job : Job
         The ranks. In one that has not joined yet, everything is computed here.
     model : keras.Model
-        A compiled model.
+        A model, compiled unless it only predicts.
     """
 
     def __init__(self, job: Job, model: Any) -> None:
@@ -137,7 +137,10 @@ class Evaluation:
         key = step, repr([(array.shape[1:], array.dtype) for array in data.example]) + repr(data.structure)
         if key not in self._graphs:
             specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in data.example]
-            self.model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (builds metrics, too)
+            if self.model.compiled:
+                self.model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (builds metrics, too)
+            elif not self.model.built:
+                self.model(keras.utils.unpack_x_y_sample_weight(data.packed(data.example))[0])
             state = self.model.non_trainable_variables
 
             def chunk(words: tf.Tensor, *flat: tf.Tensor) -> Any:

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..state import stateful
 
 PLAIN = (bool, int, float, str, type(None))
+LONGEST = 63  # bits of an integer that can be sent
 
 
 class State:
@@ -90,20 +91,26 @@ def _flatten(value: Any, key: str, found: dict[str, Any]) -> bool:
     """Put `value` into `found` below `key`; False, and nothing is left there, if it is none that can be sent."""
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, PLAIN):
+    if isinstance(value, PLAIN) and not (isinstance(value, int) and value.bit_length() > LONGEST):
         found[key] = value
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         found[key] = value.copy()
     elif isinstance(value, list | tuple | dict):
         items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-        inside: dict[str, Any] = {f"{key}:{'dict' if isinstance(value, dict) else 'list'}": len(value)}
+        kind = "list" if not isinstance(value, dict) else "numbers" if value and all(map(_is_number, value)) else "dict"
+        inside: dict[str, Any] = {f"{key}:{kind}": len(value)}
         for name, item in items:
-            if not isinstance(name, str | int) or "." in str(name) or not _flatten(item, f"{key}.{name}", inside):
+            named = kind != "dict" or (isinstance(name, str) and not {".", ":"} & set(name))
+            if not named or not _flatten(item, f"{key}.{name}", inside):
                 return False
         found |= inside
     else:
         return False
     return True
+
+
+def _is_number(name: object) -> bool:
+    return isinstance(name, int) and not isinstance(name, bool)
 
 
 def _built(name: str, state: dict[str, Any]) -> Any:
@@ -114,6 +121,8 @@ def _built(name: str, state: dict[str, Any]) -> Any:
     inside = below(name, state)
     names = dict.fromkeys(key.split(".", 1)[0].split(":", 1)[0] for key in inside)
     items = {part: _built(part, inside) for part in names}
+    if f"{name}:numbers" in state:
+        return {int(part): item for part, item in items.items()}
     return items if f"{name}:dict" in state else list(items.values())
 
 

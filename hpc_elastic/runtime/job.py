@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -217,7 +218,11 @@ class Job:
             something else or given with ``exact=False``.
         """
         leaves = self.session.config.microbatches
-        batch_of = batch if callable(batch) else lambda _: batch
+        epochs = operator.index(epochs)  # not NumPy's, which the status and the events can't hold
+
+        def batch_of(ranks: int) -> int:
+            return operator.index(batch(ranks) if callable(batch) else batch)
+
         per_epoch = count_steps(len(data), epochs, batch_of(1), self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
@@ -258,6 +263,7 @@ class Job:
 
     def loop(self, n: int) -> Iterator[int]:
         """Yield 0 … `n` - 1; each turn is a resize point. For jobs without a data set."""
+        n = operator.index(n)
         if n < 0:
             raise ConfigError(f"job.loop({n}): the number of turns must not be negative")
         for loop in self._turns(n, 1, "turns", f"{n} turns"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -54,4 +55,7 @@ class Warming:
         environ = portable(without_session()) | {RUN_VARIABLE: str(run.path)}  # by which it is known to belong to the run
         command = [sys.executable, "-m", "hpc_elastic.warm", str(run.path)]
         path = self._leader.session.script.path
-        run.put(run.path / "warm" / "spec.json", warmth.Spec(modules=modules, path=path, command=command, environ=environ))
+        with contextlib.suppress(OSError):  # the keeper finds none, or that of before; the job needs neither
+            run.put(
+                run.path / "warm" / "spec.json", warmth.Spec(modules=modules, path=path, command=command, environ=environ)
+            )

@@ -17,7 +17,7 @@ import hpc_elastic as he
 def train(job):
     x = np.zeros(4)
     job.register(x=x)
-    for loop, n in enumerate(({first}, {second})):
+    for loop, n in enumerate(np.array([{first}, {second}])):
         for i in job.loop(n):
             x += (loop + 1) * (i + 1)
             time.sleep(0.005)  # stands for a computation: a loop lasts longer than newcomers take to come

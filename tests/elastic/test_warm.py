@@ -69,7 +69,7 @@ def stopped(job, run):
 
 def test_newcomers_are_forked(start, tmp_path):
     """Also by a leader that was one itself; and when the leader that started the warm parent has gone."""
-    with start() as job:
+    with start(environ={"NAME": os.fsdecode(b"\xff")}) as job:  # which is no UTF-8
         run = under_way(tmp_path / "r")
         first = parent(run)
         assert resized(run, 3) == ["warm", "warm"]

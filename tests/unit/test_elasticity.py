@@ -52,6 +52,28 @@ def test_a_stopping_job_does_not_validate(keras):
     assert model.evaluate(data, callbacks=[elastic], return_dict=True, verbose=0) == {"loss": 2.5}
 
 
+def test_an_evaluation_by_another_one_leaves_fit_its_train_function(keras):
+    """A callback evaluates with an `Elasticity` of its own, in a `fit` that has one."""
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    config = types.SimpleNamespace(microbatches=4, seed=0)
+    job = types.SimpleNamespace(stopped=False, leads=True, joined=False, session=types.SimpleNamespace(config=config))
+    model.train_function = in_fit = object()
+    data = he.keras.data({"x": np.ones((50, 5), np.float32), "label": np.zeros(50, np.int64)})
+    model.evaluate(data, callbacks=[he.keras.Elasticity(job)], verbose=0)
+    assert model.train_function is in_fit
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_model_that_is_not_compiled_predicts(keras, built):
+    model = keras.Sequential([*([keras.Input((5,))] if built else []), keras.layers.Dense(2)])
+    config = types.SimpleNamespace(microbatches=4, seed=0)
+    job = types.SimpleNamespace(stopped=False, leads=True, joined=False, session=types.SimpleNamespace(config=config))
+    x = np.ones((50, 5), np.float32)
+    found = model.predict(he.keras.data({"x": x}), callbacks=[he.keras.Elasticity(job)], verbose=0)
+    np.testing.assert_array_equal(found, model(x))
+
+
 def test_words_tell_whether_all_are_alike(keras):
     from hpc_elastic.keras.accord import Accord
 

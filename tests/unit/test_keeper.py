@@ -5,13 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from hpc_elastic import guard, keeper
+from hpc_elastic.rundir import RunDirectory
+from hpc_elastic.runtime.warming import Warming
 
 LOCKED = (
     "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
@@ -124,3 +128,26 @@ def test_a_look_at_the_lock_lasts_no_longer(kept):
         other.stdout.readline()
         assert kept.there()
         other.kill()
+
+
+@pytest.mark.parametrize("damage", ["null", "{", ""])
+def test_what_to_start_is_damaged(kept, tmp_path, damage):
+    (tmp_path / "warm" / "spec.json").write_text(damage)
+    assert kept.due()
+    assert kept.start().startswith("no warm parent: ")
+
+
+def test_a_file_is_in_the_place_of_its_folder(kept, tmp_path):
+    shutil.rmtree(tmp_path / "warm")
+    (tmp_path / "warm").touch()
+    assert kept.due()
+    assert kept.start().startswith("no warm parent: ")
+
+
+def test_a_job_goes_on_where_its_folder_is_gone(tmp_path):
+    run, said = RunDirectory.create(tmp_path / "run"), []
+    shutil.rmtree(run.path / "warm")
+    session = SimpleNamespace(run=run, config=SimpleNamespace(warm="on"), script=SimpleNamespace(path=sys.path))
+    office, world = SimpleNamespace(max_ranks=2), SimpleNamespace(size=1)
+    Warming(SimpleNamespace(session=session, office=office, world=world, reports=SimpleNamespace(say=said.append))).look()
+    assert said[0].startswith("no warm parent: ")

@@ -85,6 +85,9 @@ def test_what_data_can_not_tell(arrays):
         he.keras.data(arrays, inputs="x", targets="y")
     with pytest.raises(he.ConfigError, match="one length"):
         he.keras.data({"x": np.zeros(3), "label": np.zeros(4)})
+    with pytest.raises(TypeError, match="integer"):
+        he.keras.data(arrays, batch=16.0, inputs="x")
+    assert type(he.keras.data(arrays, batch=np.int32(16), inputs="x").batch) is int
     with pytest.raises(he.ConfigError, match="some of each"):
         he.keras.data({"x": np.zeros((0, 3)), "label": np.zeros(0)})
 
@@ -97,11 +100,14 @@ def test_callbacks_are_taken_apart_and_put_together(keras):
 
     early, other = keras.callbacks.EarlyStopping(), keras.callbacks.EarlyStopping()
     early.wait, early.best, early.best_weights = 2, np.float32(0.5), [np.ones((2, 3)), np.zeros(2)]
-    early.own = {"a": [1, 2.5, None, "text"], "b": {}, "c": ()}
+    early.own = {"a": [1, 2.5, None, "text"], "b": {}, "c": (), "by_epoch": {3: 0.5, -1: {"x": 1}}}
+    early.odd = [{"a:b": 1}, {1: 2, "x": 3}, 2**64]
+    other.odd = ["its own"] * 3
     state = Callbacks([early]).state()
     assert all(isinstance(value, (np.ndarray, int, float, str, type(None))) for value in state.values())
     Callbacks([other]).load(state)
-    assert (other.wait, other.best, other.own) == (2, 0.5, {"a": [1, 2.5, None, "text"], "b": {}, "c": []})
+    assert (other.wait, other.best, other.own) == (2, 0.5, {**early.own, "c": []})
+    assert other.odd == ["its own"] * 3  # what can't be sent as it is stays as it was
     assert [np.array_equal(a, b) for a, b in zip(other.best_weights, early.best_weights, strict=True)] == [True, True]
 
 
@@ -127,6 +133,10 @@ def test_eager_steps_and_schedules_with_a_rule_are_refused(keras, arrays):
         traced(build(keras, run_eagerly=True), arrays)
     with pytest.raises(he.ConfigError, match="compiled"):
         traced(keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)]), arrays)
+    frozen = build(keras)
+    frozen.trainable = False
+    with pytest.raises(he.ConfigError, match="no weights"):
+        traced(frozen, arrays)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
     with pytest.raises(he.ConfigError, match="schedule"):
         traced(build(keras, keras.optimizers.SGD(schedule)), arrays, rule="linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -154,6 +155,12 @@ def test_readers_never_see_a_part(run):
     thread.join(LIMIT_S)
     assert looks
     assert [path.name for path in run.path.iterdir() if path.is_file()] == ["status.json"]
+
+
+def test_variables_that_are_no_utf8_are_written(run):
+    variables = {"environ": {"NAME": os.fsdecode(b"Andr\xe9")}}
+    run.put(run.path / "order.json", variables)
+    assert json.loads((run.path / "order.json").read_bytes()) == variables
 
 
 def test_what_is_not_there_is_none(run):

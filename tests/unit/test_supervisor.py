@@ -301,6 +301,20 @@ def test_what_follows_the_job_may_take_its_time(start):
     assert done.seconds > 2
 
 
+def test_what_is_stopped_when_the_job_has_ended_well_is_ended(start):
+    """As a warm parent can be, and what it has forked: it would never see that the run is over."""
+    with start(
+        """
+import signal
+Rank().end()
+null = subprocess.DEVNULL
+child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdin=null, stdout=null, stderr=null)
+os.kill(child.pid, signal.SIGSTOP)
+"""
+    ) as job:
+        assert job.wait().code == 0
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0

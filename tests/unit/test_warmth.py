@@ -260,6 +260,17 @@ def test_stale_parent_makes_room_while_it_has_a_child(parents, ask, tmp_path):
     assert ask(NEW="1")[0][0] == "f"
 
 
+def test_parent_is_stale_for_what_its_modules_import_themselves(parents, ask, tmp_path):
+    """Such as settings of the user's own, which are none of those that it is told to import."""
+    own, installed = tmp_path / "own_settings.py", tmp_path / "installed_one.py"
+    own.write_text("VALUE = 1\n")
+    installed.write_text("import own_settings\n")
+    parent = parents("", {"installed_one": str(installed)})
+    until(lambda: serves(tmp_path, parent))
+    own.write_text("VALUE = 22\n")
+    assert ask()[0] == "nown_settings changed since it was imported"
+
+
 def test_parent_that_can_not_fork_ahead_serves_later(parents, ask, tmp_path):
     """As where there may be no more processes."""
     setup = """

@@ -55,7 +55,8 @@ def train(job):
     fail_rank, fail_step = map(int, arguments.fail.split(":")) if arguments.fail else (-1, -1)
     with he.open_shards(arguments.shards) as shards:
         how = {"decode": noisy if arguments.noise else None, "wire": arguments.wire}
-        for step in job.steps(shards, epochs=arguments.epochs, batch=arguments.batch, **how):
+        epochs, batch = np.array([arguments.epochs, arguments.batch])  # NumPy's numbers do as well
+        for step in job.steps(shards, epochs=epochs, batch=batch, **how):
             if (job.rank, step.number) == (fail_rank, fail_step):
                 if arguments.how == "raise":
                     raise ValueError("deliberate failure")
