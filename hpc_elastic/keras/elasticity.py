@@ -72,6 +72,15 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._evaluation: Evaluation | None = None
         self._keras_own: Any = None  # its test or predict function, while the own one is in its place
 
+    @property
+    def adascale_steps(self) -> float:
+        """AdaScale's own count of steps in this `fit` and those before it, the sum of its gains, for schedules; else 0.
+
+        A step of several ranks counts for as many of one rank as it gains; the paper's learning rates are functions of this.
+        """
+        adascale = self._traced.adascale if self._traced is not None else None
+        return adascale.memory["steps"] if adascale is not None else 0.0
+
     # --- Keras's hooks ------------------------------------------------------------------------------------------------
 
     def set_params(self, params: dict[str, Any]) -> None:

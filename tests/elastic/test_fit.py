@@ -129,14 +129,38 @@ def test_a_restart_within_an_epoch(static, tmp_path):
 @pytest.mark.parametrize("rule", ["adascale", "linear", "sqrt"])
 @pytest.mark.usefixtures("all_faults")
 def test_a_batch_for_each_rank(rule, tmp_path):
-    """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch."""
-    script = ("cnn", "--validate", "--batch", 25, "--rule", rule)
+    """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch; once more, the same bits."""
+    script, again = ("cnn", "--validate", "--batch", 25, "--rule", rule), tmp_path / "again"
+    again.mkdir()
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)
+    assert lines(run(again, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)) == lines(done)
     check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
     assert int(done.value("iterations").split()[0]) < EPOCHS * SAMPLES // 25
     losses = ast.literal_eval(done.value("history"))["loss"]
     assert len(losses) == EPOCHS
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.usefixtures("all_faults")
+def test_adascale_remembers(tmp_path):
+    """A restart from a checkpoint has the moments of all steps before, and AdaScale's own count of them."""
+    options, script = ("--ranks", 2, "--set", "checkpoint_steps=4"), ("cnn", "--rule", "adascale")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    whole = run(tmp_path / "whole", options, script)
+    killed = run(tmp_path / "killed", (*options, "--set", "recovery=restart"), (*script, "--kill", 9))
+    assert len(happened(tmp_path / "killed" / "r", events.Restarted)) == 1
+    assert lines(killed) == lines(whole)
+    steps = int(whole.value("iterations").split()[0])
+    assert steps < float(whole.value("adascale")) <= 2 * steps
+
+
+@pytest.mark.parametrize(("rule", "ranks", "factor"), [("linear", 2, 2), ("sqrt", 4, 2), ("adascale", 1, 1)])
+@pytest.mark.usefixtures("all_faults")
+def test_what_rules_multiply(rule, ranks, factor, static, tmp_path):
+    """The batch by the ranks, and the learning rate: the same bits as with both larger from the start."""
+    done = run(tmp_path, ("--ranks", ranks), ("cnn", "--batch", 25, "--rate", 0.01, "--rule", rule))
+    assert done.value("sha256") in static("cnn", "--batch", 25 * ranks, "--rate", 0.01 * factor)
 
 
 @pytest.mark.usefixtures("all_faults")

@@ -223,6 +223,8 @@ def train(job):
         predicted = model.predict(held_back, callbacks=[elastic], verbose=0)
         found["right"] = float(np.mean(predicted.argmax(-1) == arrays["label"][SAMPLES:]))
         found["predicted"] = he.keras.weights_sha256([predicted])
+    if given.rule == "adascale":
+        os.write(1, f"adascale {elastic.adascale_steps}\n".encode())  # in one piece, since all ranks do
     if job.leads:
         print("sha256", he.keras.weights_sha256(model.get_weights()))
         print("history", history.history)
