@@ -66,6 +66,8 @@ class Accord:
         True once the loop over the steps is at its end, or the job stops.
     """
 
+    _told: ClassVar[bool] = False  # once, also if there are many fits
+
     def __init__(self, job: Job, model: Any, led: Sequence[Any], *, weights: bool) -> None:
         self._job, self._model, self._weights = job, model, weights
         self._led = Registry()
@@ -73,6 +75,7 @@ class Accord:
             self._led.add({"callbacks": Callbacks(led)})
         self._wish = self._stops = self.passing = self.over = False
         self._watched = watched(model.optimizer)
+        self._instructions = settings.instructions() if weights else []
         self._history = model.history
         for name in HOOKS:
             setattr(self._history, name, self._behind(name))
@@ -90,20 +93,26 @@ class Accord:
     # --- in each step -------------------------------------------------------------------------------------------------
 
     def word(self, values: Iterable[NDArray[Any]]) -> NDArray[np.int64]:
-        """Return what this rank has to say, to be added up over the microbatches: int64 ``[4]``.
+        """Return what this rank has to say, to be added up over the microbatches: int64 ``[n]``.
 
         `values` are those of the variables that are `tracing.watched`, which the graph of a step reads at no cost.
         """
         digest = zlib.crc32(b"".join(value.tobytes() for value in values)) & DIGEST
-        return np.array([1, digest, digest * digest, self._wish and self._job.leads], np.int64)
+        return np.array([1, digest, digest * digest, self._wish and self._job.leads, *self._instructions], np.int64)
 
     def heed(self, total: NDArray[np.int64]) -> None:
         """Stop if the leader wished to, or raise `ConfigError` if words differed: all ranks find the same in their sum."""
-        count, once, squared, wishes = (int(number) for number in total)
+        count, once, squared, wishes, *having = (int(number) for number in total)
         if count * squared != once * once:  # equal if and only if all are the same
             raise ConfigError(f"the learning rates, or counts of steps, of the ranks differ: {ADVICE}")
         if wishes:
             self._stops = self._model.stop_training = True
+        expected = [count * own for own in self._instructions]
+        leader = self._job.membership.leader
+        if having != expected and leader is not None and not Accord._told:
+            Accord._told = True
+            odd = [settings.INSTRUCTIONS[i] for i, (n, all_) in enumerate(zip(having, expected, strict=True)) if n != all_]
+            leader.reports.say(DIFFERING.format(", ".join(odd), settings.LARGEST_SET))
 
     # --- behind the other callbacks -----------------------------------------------------------------------------------
 
