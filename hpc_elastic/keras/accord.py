@@ -6,27 +6,42 @@ an epoch, or after the next step. What else callbacks change is compared, since 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..state import Registry
+from . import settings
 from .state import Callbacks
 from .tracing import watched
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..runtime.job import Job
 
 DIGEST = 0xFFFFFF  # its square, summed over all microbatches, stays an int64
+DIFFERING = (
+    "the ranks' processors differ: {} is not on all. TensorFlow may round otherwise there, so that the last bits can be "
+    "others than on processors of one kind; with {}, set to what all have (such as AVX2), it does not"
+)
 ADVICE = (
     "callbacks did not do the same on all of them. Name those that remember something, such as EarlyStopping or "
     "ReduceLROnPlateau, in he.keras.Elasticity(job, keep=[…]); let none depend on the rank, its clock or its files"
 )
 HOOKS = ("on_train_batch_end", "on_epoch_end", "on_train_end")
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """What a `fit` has returned, as text of Python's: a loss may be no number, which strict JSON can't say."""
+
+    history: str
 
 
 class Accord:
@@ -51,6 +66,8 @@ class Accord:
         True once the loop over the steps is at its end, or the job stops.
     """
 
+    _told: ClassVar[bool] = False  # once, also if there are many fits
+
     def __init__(self, job: Job, model: Any, led: Sequence[Any], *, weights: bool) -> None:
         self._job, self._model, self._weights = job, model, weights
         self._led = Registry()
@@ -58,6 +75,7 @@ class Accord:
             self._led.add({"callbacks": Callbacks(led)})
         self._wish = self._stops = self.passing = self.over = False
         self._watched = watched(model.optimizer)
+        self._instructions = settings.instructions() if weights else []
         self._history = model.history
         for name in HOOKS:
             setattr(self._history, name, self._behind(name))
@@ -75,20 +93,26 @@ class Accord:
     # --- in each step -------------------------------------------------------------------------------------------------
 
     def word(self, values: Iterable[NDArray[Any]]) -> NDArray[np.int64]:
-        """Return what this rank has to say, to be added up over the microbatches: int64 ``[4]``.
+        """Return what this rank has to say, to be added up over the microbatches: int64 ``[n]``.
 
         `values` are those of the variables that are `tracing.watched`, which the graph of a step reads at no cost.
         """
         digest = zlib.crc32(b"".join(value.tobytes() for value in values)) & DIGEST
-        return np.array([1, digest, digest * digest, self._wish and self._job.leads], np.int64)
+        return np.array([1, digest, digest * digest, self._wish and self._job.leads, *self._instructions], np.int64)
 
     def heed(self, total: NDArray[np.int64]) -> None:
         """Stop if the leader wished to, or raise `ConfigError` if words differed: all ranks find the same in their sum."""
-        count, once, squared, wishes = (int(number) for number in total)
+        count, once, squared, wishes, *having = (int(number) for number in total)
         if count * squared != once * once:  # equal if and only if all are the same
             raise ConfigError(f"the learning rates, or counts of steps, of the ranks differ: {ADVICE}")
         if wishes:
             self._stops = self._model.stop_training = True
+        expected = [count * own for own in self._instructions]
+        leader = self._job.membership.leader
+        if having != expected and leader is not None and not Accord._told:
+            Accord._told = True
+            odd = [settings.INSTRUCTIONS[i] for i, (n, all_) in enumerate(zip(having, expected, strict=True)) if n != all_]
+            leader.reports.say(DIFFERING.format(", ".join(odd), settings.LARGEST_SET))
 
     # --- behind the other callbacks -----------------------------------------------------------------------------------
 
@@ -109,15 +133,19 @@ class Accord:
         self._stops = self._model.stop_training = wish
 
     def on_train_end(self) -> None:
-        """See whether weights are the same still. Collective."""
+        """See whether weights are the same still, and leave the history to ranks that pass over this `fit`. Collective."""
         for name in HOOKS:
             delattr(self._history, name)
         if self._model.stop_training and not (self._stops or self.over):
             raise ConfigError("fit can't be stopped by callbacks behind keras.callbacks.History: leave that out of the list")
-        if self._job.joined and not (self.over or self._job.stopped):
-            self._compared(False)
+        if self._job.stopped:
+            return
+        if self.over:
+            self._read()
+        elif self._job.joined:
+            self._compared(False, ends=True)
 
-    def _compared(self, wish: bool) -> bool:
+    def _compared(self, wish: bool, *, ends: bool = False) -> bool:
         """Return the leader's wish, once all ranks are known to be alike. Collective."""
         digest = 0
         for variable in self._model.weights if self._weights else ():
@@ -127,6 +155,8 @@ class Accord:
         membership, words = self._job.membership, [np.empty(0, np.int64)]
 
         def exchange() -> None:
+            if ends and self._job.leads:
+                self._write()  # before the others can go on: if this rank is lost, the next leader comes here, too
             words[:] = self._job.collective.allgather(np.array([wish, digest], np.int64))
             if self._led.names():
                 self._tell()
@@ -137,6 +167,20 @@ class Accord:
         if any(word[1] != digest for word in words):
             raise ConfigError(f"the weights, learning rates or counts of steps of the ranks differ: {ADVICE}")
         return bool(words[0][0])
+
+    @property
+    def _file(self) -> Path:
+        return self._job.session.run.path / f"fit-{self._job.here.loop}.json"
+
+    def _write(self) -> None:
+        """Leave the history for newcomers of further loops, and for restarts there, which pass over this `fit`."""
+        text = json.dumps(Callbacks([self._history]).state(), default=lambda array: array.tolist())
+        self._job.session.run.put(self._file, Fit(text))
+
+    def _read(self) -> None:
+        fit = self._job.session.run.get(self._file, Fit)
+        if fit is not None:
+            Callbacks([self._history]).load(json.loads(fit.history))
 
     def _tell(self) -> None:
         """Have the leader's callbacks' state told to those of the others, which may lead next."""

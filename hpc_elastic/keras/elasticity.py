@@ -62,7 +62,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._compiled: tuple[Any, ...] = ()  # what it was traced of
         self._data: Data | None = None
         self._steps: Iterator[Step] | None = None
-        self._first: Step | None = None
+        self._first: Step | None = None  # that is to be done when its batch comes
+        self._last: Step | None = None  # that was done
         self._verbose = 0
         self._epoch = self._batch = 0
         self._state = _FitState()
@@ -72,6 +73,15 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._evaluation: Evaluation | None = None
         self._others: Any = None  # the model's train function without this callback
         self._keras_own: Any = None  # its test or predict function, while the own one is in its place
+
+    @property
+    def adascale_steps(self) -> float:
+        """AdaScale's own count of steps in this `fit` and those before it, the sum of its gains, for schedules; else 0.
+
+        A step of several ranks counts for as many of one rank as it gains; the paper's learning rates are functions of this.
+        """
+        adascale = self._traced.adascale if self._traced is not None else None
+        return adascale.memory["steps"] if adascale is not None else 0.0
 
     # --- Keras's hooks ------------------------------------------------------------------------------------------------
 
@@ -138,18 +148,20 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         """Draw the bar, and put the epoch's metrics into the events, the validation's too."""
         self._quiet()
         super().on_epoch_end(epoch, logs)
-        if not self._job.stopped:  # else the epoch is not over, and goes on when the job is resumed
+        # If the job stops, the epoch is not over, and goes on when that is resumed.
+        if not (self._job.stopped or self._behind):
             found = {name: value for name, value in (logs or {}).items() if name != "loss"}  # which is there
             self._job.log(**{name: value for name, value in found.items() if np.ndim(value) == 0})
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """End the loop over the steps, on all ranks."""
-        self._state.put_back()
+        self._state.end()
         if self._steps is not None:
-            if not self.model.stop_training:
-                next(self._steps, None)
+            if self._last is not None:
+                self._last.ends = self.model.stop_training
+            next(self._steps, None)
             self._steps.close()  # type: ignore[attr-defined]
-            self._steps = None
+            self._steps = self._last = None
         self._called_in_fit = False
         self.model._initial_epoch = None  # noqa: SLF001
         self.model.train_function = None
@@ -159,8 +171,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
         self._quiet()
         super().on_test_begin(logs)
         data = latest()
-        behind = self._first is not None and self._first.epoch > self._epoch  # it was done before this rank came
-        if self._called_in_fit and (behind or self._job.stopped):
+        if self._called_in_fit and (self._behind or self._job.stopped):
             self._instead("test", None, lambda: _not_of_metrics(self._state.tested or self._state.logs))
         elif data is not None:
             self._instead("test", data, lambda: self._evaluated(data))
@@ -220,7 +231,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             self.model.train_function = self._others
 
     def _quiet(self) -> None:
-        self.verbose = self._verbose if self._job.leads else 0
+        self.verbose = self._verbose if self._job.leads and not self._behind else 0
         if self.progbar is not None:
             self.progbar.verbose = self.verbose
 
@@ -241,6 +252,7 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             step = self._next()
             self._batch += 1
             if step is not None:
+                self._last = step
                 self._state.logs, words = self._traced.run(step, self._accord.word)
                 self._accord.heed(words)
                 self._epoch_done = step.last
@@ -257,6 +269,11 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
             raise ConfigError(
                 "fit(class_weight=…) is not for elastic jobs: give he.keras.data(weights=…) the name of a field"
             )
+
+    @property
+    def _behind(self) -> bool:
+        """True in an epoch that was done before this rank came, or came back."""
+        return self._first is not None and self._first.epoch > self._epoch
 
     @property
     def _here(self) -> int:
@@ -298,12 +315,13 @@ class _FitState:
 
     def __init__(self) -> None:
         self._received: dict[str, Any] = {}
+        self._running = False
         self.logs: dict[str, Any] = {}  # of the last step
         self.tested: dict[str, Any] = {}  # of the last validation
 
     def begin(self, model: Any, callbacks: Sequence[Any], adascale: rules.AdaScale | None) -> None:
         """Be that of this `fit`."""
-        self._model, self._adascale = model, adascale
+        self._model, self._adascale, self._running = model, adascale, True
         self._own = State(model, model.optimizer)
         self._callbacks = Callbacks(callbacks)
         self.logs, self.tested = {}, {}
@@ -330,6 +348,8 @@ class _FitState:
             key: value.copy() if hasattr(value, "copy") else value for key, value in below("callbacks", state).items()
         }
         self._fleeting = [(variable, variable.numpy()) for variable in self._reset()]
+        if not self._running:  # it is another model's fit that is under way
+            self.put_back()
 
     def put_back(self) -> None:
         """Put back what Keras and its callbacks have reset since."""
@@ -338,6 +358,11 @@ class _FitState:
             for variable, value in self._fleeting:
                 variable.assign(value)
             self._received = {}
+
+    def end(self) -> None:
+        """Be that of a `fit` that has ended."""
+        self.put_back()
+        self._running = False
 
     def _reset(self) -> list[Any]:
         rate = self._model.optimizer.learning_rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
             )
         self._job, self.callback = job, callback
         self._begun: set[str] = set()
+        self._epoch = math.inf  # of the fit under way
         for name in HOOKS:
             setattr(self, name, self._hook(name))
 
@@ -72,8 +74,12 @@ class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
         begin, end, own = f"on_{kind}_begin", f"on_{kind}_end", getattr(self.callback, name)
 
         def hook(*arguments: Any, **keywords: Any) -> None:
-            # At the begin of a fit a newcomer does not know yet whether it leads: it does not.
-            if not self._job.leads:
+            if name in ("on_epoch_begin", "on_train_end"):
+                self._epoch = arguments[0] if name == "on_epoch_begin" else math.inf
+            # At the begin of a fit a newcomer does not know yet whether it leads: it does not. One that was asleep may lead
+            # when it comes back, and passes over epochs that were done meanwhile.
+            if not self._job.leads or self._epoch < self._job.here.cursor.epoch:
+                self._begun.clear()  # what it began is gone on with elsewhere
                 return
             begins, begun = name == begin, kind in self._begun
             self._begun.add(kind)

@@ -39,9 +39,9 @@ def moments(squares: float, square: float, parts: int, part: float, base: float)
     Returns
     -------
     variance, square : float
-        Not a number for a single microbatch, which tells nothing of the variance.
+        Not a number for a single microbatch, which tells nothing of the variance, and for gradients that are not finite.
     """
-    if parts == 1:
+    if parts == 1 or not (math.isfinite(squares) and math.isfinite(square)):
         return math.nan, math.nan
     variance = max(0.0, squares - square) * parts / (parts - 1)  # of the gradient of one microbatch
     return variance * part / base, max(0.0, square - variance / parts)
@@ -62,20 +62,22 @@ class AdaScale:
     Attributes
     ----------
     memory : dict of str to float
-        What newcomers and checkpoints need of it.
+        What newcomers and checkpoints need of it: the moments, and the sum of all gains.
     """
 
     def __init__(self) -> None:
-        self.memory = {"variance": 0.0, "square": 0.0, "weight": 0.0}
+        self.memory = {"variance": 0.0, "square": 0.0, "weight": 0.0, "steps": 0.0}
 
     def factor(self, variance: float, square: float, scale: float) -> float:
         """Take in the moments of a step, and return by what its learning rate is multiplied."""
         if math.isfinite(variance) and math.isfinite(square):
             keep, old = max(0.0, 1.0 - scale / 1000.0), self.memory
-            self.memory = {
+            self.memory = old | {
                 "variance": keep * old["variance"] + (1 - keep) * variance,
                 "square": keep * old["square"] + (1 - keep) * square,
                 "weight": keep * old["weight"] + (1 - keep),
             }
         weight = self.memory["weight"] or 1.0  # corrects the bias of the beginning
-        return gain(self.memory["variance"] / weight, self.memory["square"] / weight, scale)
+        found = gain(self.memory["variance"] / weight, self.memory["square"] / weight, scale)
+        self.memory["steps"] += found
+        return found

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ..errors import ConfigError
+
+LARGEST_SET = "ONEDNN_MAX_CPU_ISA"
+# Instruction sets, as Linux names them, by which TensorFlow's libraries choose at run time how to add up.
+INSTRUCTIONS = (
+    *("avx", "fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx10_2", "amx_bf16", "amx_fp16"),
+    *("asimd", "bf16", "sve", "sve2"),
+)
 
 
 def same_bits(*, threads: int = 1, seed: int = 0) -> None:
@@ -27,7 +35,7 @@ def same_bits(*, threads: int = 1, seed: int = 0) -> None:
     Sets op determinism, which forbids operations whose result depends on timing; switches the graph's arithmetic
     optimisation off, which reorders sums; and fixes the threads, since a sum cut in two rounds otherwise than in one.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # on each rank: warnings and errors
     import tensorflow as tf
 
     import keras
@@ -84,4 +92,14 @@ def of_bits() -> str:
 
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default")
-    return f"TensorFlow {tf.__version__}, Keras {keras.__version__}, threads {threads}, oneDNN {onednn}"
+    largest = f" up to {os.environ[LARGEST_SET]}" if LARGEST_SET in os.environ else ""
+    return f"TensorFlow {tf.__version__}, Keras {keras.__version__}, threads {threads}, oneDNN {onednn}{largest}"
+
+
+def instructions(file: Path = Path("/proc/cpuinfo")) -> list[bool]:
+    """Return which of `INSTRUCTIONS` this processor has; none if it is set which are used."""
+    if LARGEST_SET in os.environ or not file.exists():
+        return [False] * len(INSTRUCTIONS)
+    lines = (line for line in file.read_text().splitlines() if line.startswith(("flags", "Features")))
+    found = next(lines, "").split()
+    return [name in found for name in INSTRUCTIONS]

@@ -31,8 +31,9 @@ def seed_words(seed: int, step: int, microbatch: int) -> tuple[int, int]:
 
 def watched(optimizer: Any) -> list[Any]:
     """Return the variables of an optimizer that callbacks may change: its rate, unless that is a schedule, and its steps."""
-    rate = optimizer.learning_rate
-    return [*([rate] if hasattr(rate, "assign") else []), optimizer.iterations]
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+    rate, steps = inner.learning_rate, inner._iterations  # noqa: SLF001  (with accumulation, `iterations` is no variable)
+    return [*([rate] if hasattr(rate, "assign") else []), steps]
 
 
 def read(variable: Any) -> tf.Tensor:

@@ -255,7 +255,9 @@ class Job:
                 )
                 yield step
                 step.finish()
-                loop.advance(after, step.size, step.metrics, end_of_epoch=last)
+                loop.advance(after, step.size, step.metrics, end_of_epoch=last or step.ends)
+                if step.ends:
+                    break
 
     def _write_ledger(self, step: Step) -> None:
         attempt = len(self.session.run.attempts()) * 1000 + self.membership.vigil.losses

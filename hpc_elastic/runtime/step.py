@@ -60,6 +60,8 @@ class Step:
         Samples in this step's batch, over all ranks.
     last : bool
         True if it is the last one of its epoch.
+    ends : bool
+        Set to True, on all ranks, it makes this step the last one of its loop, and of its epoch.
     metrics : dict of str to float
         Means over the batch of what was given to `add` by name; there after `reduce`.
     """
@@ -79,7 +81,7 @@ class Step:
         self.epoch = batch.epoch
         self.number = batch.step
         self.size = batch.size
-        self.last = last
+        self.last, self.ends = last, False
         self.metrics: dict[str, float] = {}
         self.consumed: list[NDArray[np.int64]] = []
         self._batch, self._following = batch, following

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 
 import pytest
 
@@ -37,6 +38,11 @@ def run(folder, options, script, code=0):
     return done
 
 
+def lines(done):
+    """Return what several ranks printed, in whatever order."""
+    return sorted(done.out.splitlines())
+
+
 @pytest.fixture(scope="module")
 def static(tmp_path_factory):
     """Return what one static rank prints for a script, which is run once."""
@@ -50,13 +56,6 @@ def static(tmp_path_factory):
     return of
 
 
-def pytest_generate_tests(metafunc):
-    if "seed" in metafunc.fixturenames:
-        every = metafunc.config.getoption("all_faults")
-        cases = [(kind, seed) for kind in KINDS for seed in SEEDS if every or (kind, seed) in SOME]
-        metafunc.parametrize(("kind", "seed"), cases)
-
-
 def test_random_timetables(kind, seed, static, tmp_path):
     table = random_timetable(seed, STEPS - 1)
     print(f"seed {seed}: {table}")
@@ -66,21 +65,47 @@ def test_random_timetables(kind, seed, static, tmp_path):
     check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
 
 
+def optimizer(**options):
+    """Return the arguments that give the model's optimizer `options`."""
+    return "--optimizer", json.dumps(options)
+
+
 VARIANTS = {
     "early": ("cnn", "--validate", "--early", "--epochs", 8),
-    "several": ("two_inputs", "--execution", 3, "--clip", 0.5, "--average"),
-    "accumulate": ("two_inputs", "--accumulate", 2, "--batch", 40),
-    "mixed": ("lstm", "--mixed"),
+    "several": ("two_inputs", "--execution", 3, *optimizer(clipnorm=0.5, use_ema=True)),
+    "together": (
+        *("two_inputs", "--batch", 40, "--mixed", "mixed_float16", "--scale", 2.0**36),
+        *optimizer(global_clipnorm=0.5, gradient_accumulation_steps=2, use_ema=True, ema_overwrite_frequency=3),
+    ),
+    "float16": ("lstm", "--mixed", "mixed_float16", "--validate"),
+    "bfloat16": ("cnn", "--mixed", "mixed_bfloat16", "--validate"),
+    "accumulate": ("two_inputs", "--batch", 40, *optimizer(gradient_accumulation_steps=2)),
+    "clip": ("attention", *optimizer(clipnorm=0.1)),
+    "clip_all": ("attention", *optimizer(global_clipnorm=0.1)),
+    "average": ("cnn", "--validate", *optimizer(use_ema=True, ema_momentum=0.9)),
+    "execution": ("cnn", "--execution", 4),
 }
+IN_SHORT = ("together",)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.usefixtures("all_faults")
-def test_variants(name, static, tmp_path):
-    script = VARIANTS[name]
+def pytest_generate_tests(metafunc):
+    every = metafunc.config.getoption("all_faults")
+    if "seed" in metafunc.fixturenames:
+        cases = [(kind, seed) for kind in KINDS for seed in SEEDS if every or (kind, seed) in SOME]
+        metafunc.parametrize(("kind", "seed"), cases)
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", [name for name in VARIANTS if every or name in IN_SHORT])
+
+
+def test_variants(variant, static, tmp_path):
+    """Of `fit`, of optimizers and of precision: as on one static rank."""
+    script = VARIANTS[variant]
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,17:2-0"), script)
     assert done.out == static(*script)
     assert "nan" not in done.out
+    assert [event.after for event in resizes(tmp_path / "r")] == [3, 2]
+    if variant == "together":  # the scale of the loss is too large at first, so that steps are left out
+        assert 0 < int(done.value("iterations").split()[0]) < 39 // 2
 
 
 @pytest.mark.parametrize(("at", "step"), [(("--kill", 13), 13), (("--kill", 20, "--evaluating"), 19)])
@@ -104,14 +129,38 @@ def test_a_restart_within_an_epoch(static, tmp_path):
 @pytest.mark.parametrize("rule", ["adascale", "linear", "sqrt"])
 @pytest.mark.usefixtures("all_faults")
 def test_a_batch_for_each_rank(rule, tmp_path):
-    """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch."""
-    script = ("cnn", "--validate", "--batch", 25, "--rule", rule)
+    """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch; once more, the same bits."""
+    script, again = ("cnn", "--validate", "--batch", 25, "--rule", rule), tmp_path / "again"
+    again.mkdir()
     done = run(tmp_path, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)
+    assert lines(run(again, (*ELASTIC, "--timetable", "4:3,22:2-0"), script)) == lines(done)
     check_ledger(tmp_path / "r", EPOCHS, SAMPLES)
     assert int(done.value("iterations").split()[0]) < EPOCHS * SAMPLES // 25
     losses = ast.literal_eval(done.value("history"))["loss"]
     assert len(losses) == EPOCHS
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.usefixtures("all_faults")
+def test_adascale_remembers(tmp_path):
+    """A restart from a checkpoint has the moments of all steps before, and AdaScale's own count of them."""
+    options, script = ("--ranks", 2, "--set", "checkpoint_steps=4"), ("cnn", "--rule", "adascale")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    whole = run(tmp_path / "whole", options, script)
+    killed = run(tmp_path / "killed", (*options, "--set", "recovery=restart"), (*script, "--kill", 9))
+    assert len(happened(tmp_path / "killed" / "r", events.Restarted)) == 1
+    assert lines(killed) == lines(whole)
+    steps = int(whole.value("iterations").split()[0])
+    assert steps < float(whole.value("adascale")) <= 2 * steps
+
+
+@pytest.mark.parametrize(("rule", "ranks", "factor"), [("linear", 2, 2), ("sqrt", 4, 2), ("adascale", 1, 1)])
+@pytest.mark.usefixtures("all_faults")
+def test_what_rules_multiply(rule, ranks, factor, static, tmp_path):
+    """The batch by the ranks, and the learning rate: the same bits as with both larger from the start."""
+    done = run(tmp_path, ("--ranks", ranks), ("cnn", "--batch", 25, "--rate", 0.01, "--rule", rule))
+    assert done.value("sha256") in static("cnn", "--batch", 25 * ranks, "--rate", 0.01 * factor)
 
 
 @pytest.mark.usefixtures("all_faults")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import types
 
@@ -34,8 +35,10 @@ def test_what_bits_depend_on(monkeypatch):
 
     settings.check()
     before = settings.of_bits()
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
-    assert settings.of_bits() != before
+    for name, value in (("TF_ENABLE_ONEDNN_OPTS", "0"), ("ONEDNN_MAX_CPU_ISA", "AVX2")):
+        monkeypatch.setenv(name, value)
+        assert settings.of_bits() != before
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_auto_jit=2")
     with pytest.raises(he.ConfigError, match="XLA"):
         settings.check()
@@ -81,7 +84,8 @@ def test_words_tell_whether_all_are_alike(keras):
         model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
         model.compile(keras.optimizers.SGD(rate), "mse")
         model.history = keras.callbacks.History()
-        return Accord(types.SimpleNamespace(leads=leads, joined=False), model, [], weights=True), model
+        job = types.SimpleNamespace(leads=leads, joined=False, membership=types.SimpleNamespace(leader=None))
+        return Accord(job, model, [], weights=True), model
 
     (leader, first), (other, second), (odd, _) = accord(0.1, leads=True), accord(0.1, leads=False), accord(0.2, leads=False)
 
@@ -101,3 +105,33 @@ def test_words_tell_whether_all_are_alike(keras):
     assert not first.stop_training
     other.heed(word(leader) + word(other))
     assert second.stop_training
+
+
+def test_processors_that_differ_are_told_of_once(keras, monkeypatch, tmp_path):
+    from hpc_elastic.keras import accord, settings
+
+    def rank(flags, *, leads):
+        file = tmp_path / "cpuinfo"
+        file.write_text(f"processor : 0\nflags\t\t: fpu {flags}\n\nprocessor : 1\nflags\t\t: fpu {flags}\n")
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        model.history = keras.callbacks.History()
+        monkeypatch.setattr(settings, "instructions", functools.partial(instructions, file))
+        reports = types.SimpleNamespace(say=said.append)
+        membership = types.SimpleNamespace(leader=types.SimpleNamespace(reports=reports) if leads else None)
+        job = types.SimpleNamespace(leads=leads, joined=False, membership=membership)
+        return accord.Accord(job, model, [], weights=True)
+
+    said: list[str] = []
+    instructions = settings.instructions
+    monkeypatch.setattr(accord.Accord, "_told", False)
+    most = "avx fma avx2 avx512f"
+    new, same, old = rank(most, leads=True), rank(most, leads=False), rank("avx", leads=False)
+    words = [each.word([]) for each in (new, same, old)]
+    new.heed(3 * words[0] + 5 * words[1])
+    assert not said
+    for each in (new, same, old, new):
+        each.heed(3 * words[0] + 5 * words[2])
+    assert [text.partition(" is not")[0] for text in said] == ["the ranks' processors differ: fma, avx2, avx512f"]
+    monkeypatch.setenv(settings.LARGEST_SET, "AVX")
+    assert not any(instructions())

@@ -292,6 +292,17 @@ def test_adascale_remembers_gradients_without_the_scale_of_the_loss(keras, array
     assert memories[2] == pytest.approx(memories[0], rel=1e-4)
 
 
+def test_steps_are_watched_whatever_the_optimizer_counts(keras, arrays):
+    """With accumulation Keras tells of fewer steps than it has done, which is a tensor and no variable."""
+    for accumulates in (None, 2):
+        for scaled in (lambda optimizer: optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = scaled(keras.optimizers.SGD(gradient_accumulation_steps=accumulates))
+            step, seen = traced(build(keras, optimizer), arrays), []
+            for _ in range(3):
+                step.run(Alone(arrays, SAMPLES), lambda found, seen=seen: seen.append(int(found[1])) or word(found))
+            assert seen[::LEAVES] == [0, 1, 2]
+
+
 # --- a step and an evaluation without other ranks ---------------------------------------------------------------------
 
 

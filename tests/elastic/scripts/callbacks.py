@@ -1,12 +1,14 @@
 """Callbacks that do otherwise on each rank, read the logs of each batch, or stop; and fits of a model that is compiled anew.
 
-Usage: python callbacks.py WHAT
+Usage: python callbacks.py WHAT STEP
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -74,6 +76,12 @@ def train(job):
     if what == "again":
         again(model, elastic, samples, test)
         return
+    if what == "sleep":
+        sleep(job, model, samples, test)
+        return
+    if what == "fits":
+        fits(job, model, elastic, samples, test)
+        return
     try:
         history = model.fit(
             samples, epochs=EPOCHS, validation_data=test, callbacks=[elastic, Own(job, what)], verbose=0
@@ -107,6 +115,43 @@ def again(model, elastic, samples, test):
     model.evaluate(test, verbose=0)
     predicted = model.predict(x[50:], callbacks=[elastic], verbose=0)
     assert len(predicted) == SAMPLES - 50
+
+
+def sleep(job, model, samples, test):
+    """Fit on ranks that sleep meanwhile, with callbacks that remember, and say what came of it."""
+    rest = [keras.callbacks.EarlyStopping("val_loss", patience=9), keras.callbacks.ReduceLROnPlateau("val_loss", patience=9)]
+    once = he.keras.OnLeader(job, keras.callbacks.CSVLogger("log.csv"))
+    elastic = he.keras.Elasticity(job, keep=rest)
+    fit = model.fit(samples, epochs=EPOCHS, validation_data=test, callbacks=[elastic, *rest, once], verbose=2)
+    found = model.evaluate(test, callbacks=[elastic], verbose=0)
+    say(f"slept {fit.epoch} {fit.history} {rest[0].best} {found} {he.keras.weights_sha256(model.get_weights())}")
+
+
+def fits(job, model, elastic, samples, test):
+    """Fit, fit another model, and fit the first one again, and say what each of them is known to have made."""
+    early = keras.callbacks.EarlyStopping("val_loss", patience=9)
+    elastic = he.keras.Elasticity(job, keep=[early])
+    first = model.fit(samples, epochs=1, validation_data=test, callbacks=[elastic, early], verbose=0)
+    at_once = first.history["val_loss"][-1]  # a newcomer of the second one has not joined yet
+    other, both = build(), he.keras.Elasticity(job)
+    second = other.fit(samples, epochs=2, validation_data=test, callbacks=[both, Killed(job)], verbose=0)
+    third = model.fit(samples, epochs=2, callbacks=[elastic, early], verbose=0)
+    said = [at_once, *((fit.epoch, fit.history) for fit in (first, second, third)), early.best]
+    assert other.history is second
+    say(f"fits {said} {he.keras.weights_sha256(model.get_weights())}")
+
+
+class Killed(keras.callbacks.Callback):
+    """Kills the only rank at the step that is asked for, once."""
+
+    def __init__(self, job):
+        super().__init__()
+        self.job, self.step = job, int(sys.argv[2])
+
+    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002  (Keras's signature)
+        if self.job.size == 1 and int(self.model.optimizer.iterations) == self.step and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

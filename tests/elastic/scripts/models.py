@@ -6,6 +6,7 @@ Usage: python models.py KIND [--epochs N] [--batch N] [--validate] [--early] [--
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 
@@ -140,11 +141,11 @@ def parse():
     parser.add_argument("--early", action="store_true", help="stop early, and let the learning rate go down")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--execution", type=int, default=1, help="steps_per_execution")
-    parser.add_argument("--clip", type=float, help="clipnorm")
-    parser.add_argument("--accumulate", type=int, help="gradient_accumulation_steps")
-    parser.add_argument("--average", action="store_true", help="use_ema")
+    parser.add_argument("--rate", type=float, help="a constant learning rate")
+    parser.add_argument("--optimizer", type=json.loads, default={}, help="what else the optimizer is given")
     parser.add_argument("--rule", default="fixed", help="for the batch, which is that of a rank then, and the learning rate")
-    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--mixed", help="the policy")
+    parser.add_argument("--scale", type=float, help="of the loss, at the beginning; it doubles after two good steps")
     parser.add_argument("--log", action="store_true", help="print what the leader alone should")
     parser.add_argument("--kill", type=int, help="a rank kills itself after so many steps")
     parser.add_argument("--evaluating", action="store_true", help="it does so when it evaluates")
@@ -192,14 +193,13 @@ def first():
 def train(job):
     given = parse()
     if given.mixed:
-        keras.config.set_dtype_policy("mixed_float16")
+        keras.config.set_dtype_policy(given.mixed)
     model, arrays, fields = KINDS[given.kind]()
-    optimizer = keras.optimizers.Adam(
-        keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9) if not given.early and given.rule == "fixed" else 0.01,
-        clipnorm=given.clip,
-        gradient_accumulation_steps=given.accumulate,
-        use_ema=given.average,
-    )
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
+    constant = given.early or given.rule != "fixed"
+    optimizer = keras.optimizers.Adam(given.rate or (0.01 if constant else schedule), **given.optimizer)
+    if given.scale:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, given.scale, dynamic_growth_steps=2)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=given.execution)
 
@@ -223,6 +223,8 @@ def train(job):
         predicted = model.predict(held_back, callbacks=[elastic], verbose=0)
         found["right"] = float(np.mean(predicted.argmax(-1) == arrays["label"][SAMPLES:]))
         found["predicted"] = he.keras.weights_sha256([predicted])
+    if given.rule == "adascale":
+        os.write(1, f"adascale {elastic.adascale_steps}\n".encode())  # in one piece, since all ranks do
     if job.leads:
         print("sha256", he.keras.weights_sha256(model.get_weights()))
         print("history", history.history)
