@@ -23,6 +23,11 @@ class Flat:
         self.dtypes = list(dict.fromkeys(dtype for _, dtype in self._forms))
         self._sizes = {dtype: [math.prod(s) for s, other in self._forms if other == dtype] for dtype in self.dtypes}
 
+    @property
+    def specs(self) -> list[tf.TensorSpec]:
+        """The flat tensors."""
+        return [tf.TensorSpec([sum(self._sizes[dtype])], dtype) for dtype in self.dtypes]
+
     def pack(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Return one flat tensor for each of `dtypes`."""
         parts: dict[Any, list[tf.Tensor]] = {dtype: [] for dtype in self.dtypes}
@@ -35,6 +40,5 @@ class Flat:
         rest = {}
         for dtype, whole in zip(self.dtypes, flat, strict=True):
             sizes = self._sizes[dtype]
-            whole.set_shape([sum(sizes)])
             rest[dtype] = iter(tf.split(whole, sizes) if len(sizes) > 1 else [whole])
         return [tf.reshape(next(rest[dtype]), shape) for shape, dtype in self._forms]

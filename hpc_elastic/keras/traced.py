@@ -1,4 +1,4 @@
-"""One microbatch of a model's `train_step` as a graph; behind a rank's last one, the sum and the update.
+"""A step of a model's `train_step` as two graphs: one gives the gradients of a microbatch, the other does the update.
 
 The `train_step` runs as it is, but the optimizer's `apply` takes the gradients in. What else it changes, statistics of batch
 normalisation, metrics and seeds, is as before when the graph ends, until the sum over all microbatches is there. So every
@@ -18,7 +18,8 @@ import tensorflow as tf
 from ..errors import ConfigError
 from . import refused, rules
 from .flat import Flat
-from .tracing import SEEDS, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of, watched
+from .tracing import SEEDS, Graph, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of, watched
+from .values import lent
 
 if TYPE_CHECKING:
     from ..runtime.batches import Microbatch
@@ -66,20 +67,16 @@ class Traced:
         refused.refuse_metrics(model, data)
         self._seeds = seeds_of(model)
         self._metrics, self._watched = model.metrics_variables, watched(self.optimizer)
-        self._step: Step | None = None
-        self._micro: Microbatch | None = None
-        self._last = self._whole = False
-        self._failure: BaseException | None = None
         self._forms: list[tuple[str, tuple[int, ...]]] = []
         self._loss_scale = 1.0
         self._loss = loss_of(model, self._metrics)
         specs = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in data.example]
-        graph = tf.function(self._microbatch, autograph=False)
-        self._graph = graph.get_concrete_function(tf.TensorSpec([2], tf.int32), *specs)
+        self._compute = Graph(self._microbatch, tf.TensorSpec([2], tf.int32), *specs)
+        factor = [tf.TensorSpec([], tf.float32)] if rule != rules.FIXED else []
+        self._update = Graph(self._apply, *self._means.specs, *self._sums.specs, *factor)
         self._refuse_strangers()
-        refused.refuse_draws(self._graph.graph, "train_step")
-        # Called past the matching of arguments, which costs as much as a small model's gradient.
-        self._call, self._captures = self._graph.inference_fn.call_flat, self._graph.captured_inputs
+        for graph in (self._compute.graph, self._update.graph):
+            refused.refuse_draws(graph, "train_step")
         self._no_words = tf.constant((0, 0), tf.int32)
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -89,62 +86,39 @@ class Traced:
 
         The values are floats, or arrays of metrics with several numbers. `word` is called with what is `tracing.watched`.
         """
-        self._step, self._word, done = step, word, None
         if self.adascale is not None and hasattr(self.optimizer, "dynamic_scale"):
             self._loss_scale = float(self.optimizer.dynamic_scale)
-        while done is None:
-            done = self._attempt(step.begin())
+        while not self._attempt(step, word):
+            pass
+        values, (*sums, words) = step.reduce()
+        step.metrics |= self._loss_in(sums)
+        factor = [np.float32(self._factor(step, values))] if self.rule != rules.FIXED else []
+        # Copied: the update may keep what it is given, and the ranks of a host share this memory.
+        logs = np.asarray(self._update(*map(tf.constant, (*values, *sums, *factor)))[0])
         found, stop = {}, 0
         for name, shape in self._forms:
             start, stop = stop, stop + math.prod(shape)
-            found[name] = done[start:stop].reshape(shape).copy() if shape else float(done[start])
-        return found, self._words
+            found[name] = logs[start:stop].reshape(shape).copy() if shape else float(logs[start])
+        return found, words
 
-    def _attempt(self, micros: list[Microbatch]) -> np.ndarray | None:
-        """Compute this rank's microbatches, and do the sum; None if a rank was lost, and all is to be done anew."""
-        seed = self.seed
-        for micro in micros[:-1]:
-            self._compute(micro, [micro[name] for name in self.data.names], seed, last=False)
-        if micros:
-            micro = micros[-1]
-            logs = self._compute(micro, [micro[name] for name in self.data.names], seed, last=True)
-        else:  # a rank without samples computes an example, which does not count, since its graph does the update
-            logs = self._compute(None, self.data.example, seed, last=True)
-        return logs.numpy() if self._whole else None
+    def _attempt(self, step: Step, word: Word) -> bool:
+        """Compute this rank's microbatches, and do the sum; False if a rank was lost, and all is to be done anew."""
+        means = len(self._means.dtypes)
+        count = means + len(self._sums.dtypes)
+        for micro in step.begin():
+            arrays = self._computed(step, micro)
+            step.take(micro)
+            step.add(arrays[:means], sums=[*arrays[means:count], word(arrays[count:])])
+        return step.exchange()
 
-    def _compute(self, micro: Microbatch | None, arrays: list[Any], seed: int, *, last: bool) -> Any:
-        assert self._step is not None
-        self._micro, self._last, self._whole = micro, last, False
-        words = self._no_words
+    def _computed(self, step: Step, micro: Microbatch) -> list[np.ndarray]:
+        """Return what is to be added up of a microbatch, and the values of what is `tracing.watched`."""
+        arrays = [micro[name] for name in self.data.names]
         refused.check_like(arrays, self.data)
-        if micro is not None and self._seeds:
-            words = tf.constant(seed_words(seed, self._step.number, micro.index), tf.int32)
-        _, logs = self._call(words, *(tf.constant(array) for array in arrays), *self._captures)
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        return logs
-
-    def _meet(self, *given: np.ndarray) -> list[Any]:
-        """Contribute a microbatch; if it is the last one, do the sum. Called from the graph, which no error may leave."""
-        step, means, count = self._step, len(self._means.dtypes), len(given) - len(self._watched)
-        arrays = given[:count]
-        assert step is not None
-        try:
-            if self._micro is not None:
-                step.take(self._micro)
-                step.add(list(arrays[:means]), sums=[*arrays[means:], self._word(given[count:])])
-            if self._last and step.exchange():
-                values, (*sums, self._words) = step.reduce()
-                self._whole = True
-                step.metrics |= self._loss_in(sums)
-                # Into the graph's own memory: what ranks share must not be where TensorFlow may compute in place.
-                for array, total in zip(arrays, (*values, *sums), strict=True):
-                    np.copyto(array, total)
-                return [True, *arrays, np.float32(self._factor(step, values))]
-        except BaseException as error:  # noqa: BLE001  (raised once the graph has ended)
-            self._failure = error
-        return [False, *(np.empty(0, array.dtype) for array in arrays), np.float32(1)]
+        words = self._no_words
+        if self._seeds:
+            words = tf.constant(seed_words(self.seed, step.number, micro.index), tf.int32)
+        return [np.asarray(tensor) for tensor in self._compute(words, *map(lent, arrays))]
 
     def _factor(self, step: Step, values: list[np.ndarray]) -> float:
         """Return by what the learning rate is multiplied in this step."""
@@ -168,7 +142,7 @@ class Traced:
 
     # --- the graph ----------------------------------------------------------------------------------------------------
 
-    def _microbatch(self, words: tf.Tensor, *flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _microbatch(self, words: tf.Tensor, *flat: tf.Tensor) -> list[tf.Tensor]:
         metrics, watching = self._metrics, [read(variable) for variable in self._watched]
         before = [read(variable) for variable in metrics]
         for variable in metrics:
@@ -179,62 +153,55 @@ class Traced:
 
         with collecting(self.optimizer) as taken:
             logs = self.model.train_step(self.data.packed(flat))
-        gradients, variables = only(taken, self.model)
-        there = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        dense = [tf.convert_to_tensor(gradients[number]) for number in there]
+        gradients, self._variables = only(taken, self.model)
+        self._there = [gradient is not None for gradient in gradients]
+        dense = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
 
         moving = changed(others)
-        state = [variable for variable, each in zip(others, moving, strict=True) if each]
+        self._state = [variable for variable, each in zip(others, moving, strict=True) if each]
         state_before = [value for value, each in zip(others_before, moving, strict=True) if each]
-        moved = [read(variable) for variable in state]
-        is_mean = [value.dtype.is_floating for value in moved]
+        moved = [read(variable) for variable in self._state]
+        self._is_mean = [value.dtype.is_floating for value in moved]
         additions = [read(variable) for variable in metrics]
-        for variable, value in zip(metrics, before, strict=True):
-            variable.assign(value)
-        for variable, value in zip([*state, *self._seeds], [*state_before, *seeds_before], strict=True):
+        for variable, value in zip([*metrics, *self._state, *self._seeds], [*before, *state_before, *seeds_before], strict=True):
             variable.assign(value)
 
-        own = self._own_logs(logs)
-        counted = [a - b for a, b, mean in zip(moved, state_before, is_mean, strict=True) if not mean]
+        self._logs, own = list(logs), self._own_logs(logs)
+        self._own = list(own)
+        counted = [a - b for a, b, mean in zip(moved, state_before, self._is_mean, strict=True) if not mean]
         if self.adascale is not None and len({one.dtype for one in dense}) > 1:
             raise ConfigError('rule="adascale" needs weights of one dtype: use "linear" or "sqrt"')
         squares = [tf.add_n([tf.reduce_sum(tf.square(one)) for one in dense])] if self.adascale is not None else []
         self._gradients = sum(int(np.prod(one.shape)) for one in dense)
-        means = [*dense, *squares, *(value for value, mean in zip(moved, is_mean, strict=True) if mean), *own.values()]
+        means = [*dense, *squares, *(value for value, mean in zip(moved, self._is_mean, strict=True) if mean), *own.values()]
         sums = [*additions, *counted]
         self._means, self._sums = Flat(means), Flat(sums)
         self._loss_places = self._places(sums)
-        packed = [*self._means.pack(means), *self._sums.pack(sums)]
-        dtypes = [tf.bool, *(tensor.dtype for tensor in packed), tf.float32]
-        whole, *results, factor = tf.numpy_function(self._meet, [*packed, *watching], dtypes)
-        whole.set_shape([])
-        factor.set_shape([])
+        return [*self._means.pack(means), *self._sums.pack(sums), *watching]
 
-        def update() -> tf.Tensor:
-            values = iter(self._means.unpack(results[: len(self._means.dtypes)]))
-            totals = iter(self._sums.unpack(results[len(self._means.dtypes) :]))
-            mean = list(gradients)
-            for number in there:
-                mean[number] = next(values)
-            for _ in squares:
-                next(values)
-            with self._rate_times(factor):
-                self.optimizer.apply(mean, variables)
-            for variable, value in zip(metrics, before, strict=True):
-                variable.assign(value + next(totals))
-            for variable, value, is_a_mean in zip(state, state_before, is_mean, strict=True):
-                variable.assign(next(values) if is_a_mean else value + next(totals))
-            found = {**self._of_metrics(logs), **dict(zip(own, values, strict=True))}
-            flat = [refused.fixed(name, value) for name, value in found.items()]
-            self._forms = [(name, tuple(value.shape)) for name, value in zip(found, flat, strict=True)]
-            return tf.concat([tf.reshape(value, [-1]) for value in flat], 0) if flat else tf.zeros([0])
-
-        return whole, tf.cond(whole, update, lambda: tf.zeros([0]))
+    def _apply(self, *flat: tf.Tensor) -> tf.Tensor:
+        """Return the logs of a step, after the update, from the sums over all microbatches, and the rule's factor if any."""
+        means, count = len(self._means.dtypes), len(self._means.dtypes) + len(self._sums.dtypes)
+        values, totals = iter(self._means.unpack(flat[:means])), iter(self._sums.unpack(flat[means:count]))
+        gradients = [next(values) if there else None for there in self._there]
+        if self.adascale is not None:
+            next(values)  # of the squares
+        with self._rate_times(*flat[count:]):
+            self.optimizer.apply(gradients, self._variables)
+        for variable in self._metrics:
+            variable.assign(read(variable) + next(totals))
+        for variable, is_a_mean in zip(self._state, self._is_mean, strict=True):
+            variable.assign(next(values) if is_a_mean else read(variable) + next(totals))
+        of_metrics = {name: value for name, value in self.model.get_metrics_result().items() if name in self._logs}
+        found = of_metrics | dict(zip(self._own, values, strict=True))
+        logs = [refused.fixed(name, value) for name, value in found.items()]
+        self._forms = [(name, tuple(value.shape)) for name, value in zip(found, logs, strict=True)]
+        return tf.concat([tf.reshape(value, [-1]) for value in logs], 0) if logs else tf.zeros([0])
 
     @contextlib.contextmanager
-    def _rate_times(self, factor: tf.Tensor) -> Iterator[None]:
+    def _rate_times(self, factor: tf.Tensor | None = None) -> Iterator[None]:
         """Have another learning rate meanwhile, as the rule has it."""
-        if self.rule == rules.FIXED:
+        if factor is None:
             yield
             return
         rate = self.optimizer.learning_rate
@@ -247,9 +214,6 @@ class Traced:
         """Return those of a step's logs that are no metric of the model's: their means are taken."""
         known = self.model.get_metrics_result()
         return {name: refused.fixed(name, value) for name, value in logs.items() if name not in known}
-
-    def _of_metrics(self, logs: dict[str, Any]) -> dict[str, tf.Tensor]:
-        return {name: value for name, value in self.model.get_metrics_result().items() if name in logs}
 
     def _places(self, sums: list[tf.Tensor]) -> list[tuple[int, int]]:
         """Return where the sum and the count of the loss lie in the flat sums."""
@@ -265,7 +229,8 @@ class Traced:
     def _refuse_strangers(self) -> None:
         known = [*self.model.variables, *self._metrics, *self.optimizer.variables]
         ours = {id(variable.value) for variable in known}
-        strangers = [variable.name for variable in self._graph.graph.variables if id(variable) not in ours]
+        used = [*self._compute.graph.variables, *self._update.graph.variables]
+        strangers = list(dict.fromkeys(variable.name for variable in used if id(variable) not in ours))
         if strangers:
             raise ConfigError(
                 f"train_step uses {', '.join(strangers)}, of neither the model, its metrics nor its optimizer, which "

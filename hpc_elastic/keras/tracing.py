@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -16,6 +16,28 @@ MASK = (1 << 64) - 1
 SEEDS = "seed_generator_state"  # name of the variable of each of Keras's seed generators
 READ = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead")
 READ_INSIDE = "_read_only_resource_inputs"  # inputs that the function which an operation calls only reads
+
+
+class Graph:
+    """A function as a graph, called past the matching of arguments, which costs as much as a small model's gradient.
+
+    Parameters
+    ----------
+    function : callable
+        What is traced.
+    *specs : tf.TensorSpec
+        What tensors it is called with.
+    """
+
+    def __init__(self, function: Callable[..., Any], *specs: tf.TensorSpec) -> None:
+        self._concrete = tf.function(function, autograph=False).get_concrete_function(*specs)
+        self.graph = self._concrete.graph
+        self._call, self._captures = self._concrete.inference_fn.call_flat, self._concrete.captured_inputs
+
+    def __call__(self, *tensors: tf.Tensor) -> Sequence[tf.Tensor]:
+        """Return its results."""
+        found: Sequence[tf.Tensor] = self._call(*tensors, *self._captures)
+        return found
 
 
 def seed_words(seed: int, step: int, microbatch: int) -> tuple[int, int]:
@@ -100,7 +122,8 @@ def changed(variables: list[Any]) -> list[bool]:
     """Tell of which variables the graph so far changes the value, or may do so inside loops and the like."""
     graph = tf.compat.v1.get_default_graph()
     touched = written(graph)
-    return [graph.capture(variable.value.handle).name in touched for variable in variables]
+    inside = {id(outside): inside.name for outside, inside in graph.captures}  # capturing more would cost at every call
+    return [inside.get(id(variable.value.handle)) in touched for variable in variables]
 
 
 def written(graph: Any) -> set[str]:

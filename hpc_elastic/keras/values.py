@@ -10,6 +10,26 @@ import numpy as np
 from ..arrays import gpu
 from ..arrays.host import GPU, flatten
 
+ALIGNED = 64  # bytes, where TensorFlow's kernels want an array to begin
+
+
+def lent(array: Any) -> Any:
+    """Return a tensor of an array, in the memory of that where TensorFlow can work there; else a copy.
+
+    The array must stay as it is as long as there is the tensor, which holds it.
+    """
+    import tensorflow as tf
+
+    if (
+        isinstance(array, np.ndarray)
+        and array.dtype.kind in "fiu"
+        and array.dtype.isnative
+        and array.flags.carray  # contiguous and writable: DLPack has no word for other arrays
+        and not array.__array_interface__["data"][0] % ALIGNED
+    ):
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.constant(array)
+
 
 def tensors(values: Any) -> Any:
     """Return `values`, nested as ``step.reduce()`` gives them, with TensorFlow's tensors for what is on a GPU.

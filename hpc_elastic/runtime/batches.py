@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,14 @@ KEPT = 3  # batches: one that is computed from, one that comes, and one that the
 def _references(batch: dict[str, Array]) -> int:
     """Return the most references that there are to an array of a batch, those of this function included."""
     return max(sys.getrefcount(array) for array in batch.values())
+
+
+def _on_pages(array: Array) -> Array:
+    """Return a copy of an array that begins with a page, so that TensorFlow can compute from it where it lies."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    copy: Array = np.ndarray(array.shape, array.dtype, mmap.mmap(-1, array.nbytes, private))
+    copy[...] = array
+    return copy
 
 
 UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
@@ -165,9 +174,11 @@ class Batches:
             if _references(batch) <= UNHELD and all(len(array) >= n for array in batch.values()):
                 return self._data.gather(samples, batch)  # type: ignore[call-arg]
         fields = self._data.gather(samples)
-        if all(array.base is None for array in fields.values()):  # not a part of something else
-            self._batches = [*self._batches, fields][-KEPT:]
-        return {name: array[:] for name, array in fields.items()}
+        if any(array.base is not None or not array.nbytes or array.dtype.hasobject for array in fields.values()):
+            return fields  # parts of something else, or what can't lie there
+        batch = {name: _on_pages(array) for name, array in fields.items()}
+        self._batches = [*self._batches, batch][-KEPT:]
+        return {name: array[:] for name, array in batch.items()}
 
     def _decoded(self, step: int, index: int, fields: dict[str, Array]) -> Fields:
         if self._decode is None:
