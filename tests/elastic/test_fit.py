@@ -38,6 +38,11 @@ def run(folder, options, script, code=0):
     return done
 
 
+def from_the_start(ranks):
+    """Return the options with which as many ranks do the first step."""
+    return "--ranks", ranks, "--slots", ranks, "--hold"
+
+
 def lines(done):
     """Return what several ranks printed, in whatever order."""
     return sorted(done.out.splitlines())
@@ -144,7 +149,7 @@ def test_a_batch_for_each_rank(rule, tmp_path):
 @pytest.mark.usefixtures("all_faults")
 def test_adascale_remembers(tmp_path):
     """A restart from a checkpoint has the moments of all steps before, and AdaScale's own count of them."""
-    options, script = ("--ranks", 2, "--set", "checkpoint_steps=4"), ("cnn", "--rule", "adascale")
+    options, script = (*from_the_start(2), "--set", "checkpoint_steps=4"), ("cnn", "--rule", "adascale")
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     whole = run(tmp_path / "whole", options, script)
@@ -159,7 +164,7 @@ def test_adascale_remembers(tmp_path):
 @pytest.mark.usefixtures("all_faults")
 def test_what_rules_multiply(rule, ranks, factor, static, tmp_path):
     """The batch by the ranks, and the learning rate: the same bits as with both larger from the start."""
-    done = run(tmp_path, ("--ranks", ranks), ("cnn", "--batch", 25, "--rate", 0.01, "--rule", rule))
+    done = run(tmp_path, from_the_start(ranks), ("cnn", "--batch", 25, "--rate", 0.01, "--rule", rule))
     assert done.value("sha256") in static("cnn", "--batch", 25 * ranks, "--rate", 0.01 * factor)
 
 
