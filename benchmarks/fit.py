@@ -28,7 +28,7 @@ from .running import measured
 
 JOB = Path(__file__).with_name("fit_job.py")
 RANKS, DEFAULT = 2, 16
-SHAPES = {"mlp": "mlp:256:40", "cnn": "cnn:128:5", "deep": "deep:256:10"}  # model, batch, steps a round
+SHAPES = {"mlp": "mlp:256:32", "cnn": "cnn:128:4", "deep": "deep:256:8"}  # model, batch, steps a round
 GOALS = {"mlp": 1.35, "cnn": 1.08, "deep": 1.5}
 
 

@@ -2,7 +2,8 @@
 
 Usage: python fit_job.py FILE ROUNDS MODEL:BATCH:STEPS [MODEL:BATCH:STEPS ...]
 
-All take the same batch a rank, BATCH over all ranks. A round is STEPS of each: of `fit` with `Elasticity`; of what
+All take the same batch a rank, BATCH over all ranks. A round is STEPS of each, of which an epoch has a multiple, so that the
+ends of epochs, at which Keras makes its pipeline anew, lie between rounds: of `fit` with `Elasticity`; of what
 Keras's own `fit` does with arrays, its train function on its pipeline; and of Keras's own train step at the least cost, a
 graph called on tensors that are ready, past the matching of arguments. Keras alone exchanges nothing. All have the hooks
 that `fit` calls.
@@ -119,20 +120,23 @@ class Rounds(keras.callbacks.Callback):  # type: ignore[misc]
             hooks.on_train_batch_end(step, way.step())
         return (time.perf_counter() - begun) / self._n
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
+        """Begin a round."""
+        if not self._step % self._n:
+            self._comm.Barrier()
+            self._begun = time.perf_counter()
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  (Keras's signature)
         """Go over to the next round where one is done."""
         self._step += 1
         if self._step % self._n:
             return
-        if self._step > self._n:
-            self.took["elastic"].append((time.perf_counter() - self._begun) / self._n)
+        self.took["elastic"].append((time.perf_counter() - self._begun) / self._n)
         if len(self.took["elastic"]) == WARM + ROUNDS:
             self.model.stop_training = True
             return
         for name in self._alone:
             self.took[name].append(self._time(name))
-        self._comm.Barrier()
-        self._begun = time.perf_counter()
 
 
 def _hooks(model: Any) -> Any:

@@ -146,7 +146,7 @@ class Traced:
         metrics, watching = self._metrics, [read(variable) for variable in self._watched]
         before = [read(variable) for variable in metrics]
         for variable in metrics:
-            variable.assign(tf.zeros_like(variable.value))
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
         others = [variable for variable in self.model.non_trainable_variables if variable.name != SEEDS]
         others_before = [read(variable) for variable in others]
         seeds_before = mix(self._seeds, words)
@@ -163,7 +163,8 @@ class Traced:
         moved = [read(variable) for variable in self._state]
         self._is_mean = [value.dtype.is_floating for value in moved]
         additions = [read(variable) for variable in metrics]
-        for variable, value in zip([*metrics, *self._state, *self._seeds], [*before, *state_before, *seeds_before], strict=True):
+        to_put_back = [*before, *state_before, *seeds_before]
+        for variable, value in zip([*metrics, *self._state, *self._seeds], to_put_back, strict=True):
             variable.assign(value)
 
         self._logs, own = list(logs), self._own_logs(logs)

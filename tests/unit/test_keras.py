@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
+import sys
 import types
 
 import numpy as np
@@ -378,6 +380,24 @@ def test_samples_of_another_kind_are_refused(keras, arrays):
     for other in (arrays["x"].astype(np.float64), arrays["x"][:, :4]):
         with pytest.raises(he.ConfigError, match="field 'x' has samples of"):
             step.run(Alone(arrays | {"x": other}, SAMPLES), word)
+
+
+def test_memory_is_lent_where_that_can_be():
+    from hpc_elastic.keras.values import lent
+
+    floats = np.ndarray(64, np.float32, mmap.mmap(-1, 4096))
+    floats[:] = 1
+    read_only = floats[:]
+    read_only.flags.writeable = False
+    references = sys.getrefcount(floats)
+    within = [lent(floats), lent(floats[16:])]
+    apart = [lent(array) for array in (floats[1:], floats[::2], read_only)]  # where TensorFlow would not, or DLPack can't
+    assert sys.getrefcount(floats) == references + len(within)  # so it is not filled again
+    floats[:] = 2
+    assert all(np.all(np.asarray(tensor) == 2) for tensor in within)
+    assert all(np.all(np.asarray(tensor) == 1) for tensor in apart)
+    del within
+    assert sys.getrefcount(floats) == references
 
 
 def test_what_an_evaluation_draws_depends_on_the_part_alone(keras, arrays, monkeypatch):
