@@ -4,7 +4,7 @@
 
 One job goes 1 -> 2 -> 4 -> 1 and trains on meanwhile, with its warm parent, and in between without: its socket is put away
 then, so that guards don't find it. ``newcomer_s`` is the time from the decision until the resize is committed, after
-which the newcomers compute.
+which the newcomers compute. Between two resizes there is the time in which the next ones get ready.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import statistics
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ from .running import BrokenError, Running
 SIZES = (2, 4, 1)
 GROWS = {(1, 2): "1->2", (2, 4): "2->4"}
 GOAL_S, GOAL_MS = 1.0, 150.0
-APART = 20  # steps between two resizes, at least
+APART, APART_S = 20, 4.0  # steps and seconds between two resizes, at least
 TURNS = 200_000  # more than enough: the job is stopped in the end
 COLD_S = 120.0
 LOOK_S = 0.1
@@ -40,15 +41,12 @@ HOST = os.uname().nodename
 def resize(job: Running, ranks: int) -> None:
     """Have the job go to so many ranks, and on for a while."""
     run, before = RunDirectory(job.path), len(job.happened(events.Resized))
-    answer = None
-    while answer is None or not answer.accepted:  # as long as leavers are ending
-        name = run.ask(Request("resize", ranks))
-        job.until(lambda name=name: run.answer_to(name) is not None, "an answer")  # type: ignore[misc]
-        answer = run.answer_to(name)
+    run.ask(Request("resize", ranks))
     job.until(lambda: len(job.happened(events.Resized)) > before, f"{ranks} ranks", COLD_S)
-    since = job.happened(events.Resized)[-1].step
+    since, until = job.happened(events.Resized)[-1].step, time.monotonic() + APART_S
     # The status is late by a quarter of a second, in which leavers end.
     job.until(lambda: job.status().step > since + APART and job.status().ranks == ranks, "steps after it")
+    job.until(lambda: time.monotonic() > until, "processes that wait")
 
 
 def measure(kind: str, cycles: int, cold: int, mpi: str) -> list[Record]:
@@ -69,7 +67,8 @@ def measure(kind: str, cycles: int, cold: int, mpi: str) -> list[Record]:
         stamps = {int(file.stem): np.load(file) for file in job.stamps.iterdir()}
         found = job.happened(events.Resized)
         ready = job.happened(events.Ready)
-    return [each for how in ("warm", "cold") for each in records(kind, mpi, how, found, ready, stamps)]
+    ways = ("warm", "cold") if cold else ("warm",)
+    return [each for how in ways for each in records(kind, mpi, how, found, ready, stamps)]
 
 
 def records(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from .config import DOOR_VARIABLE, GUARD_VARIABLE, START_VARIABLE, STDERR_VARIABLE
-from .warmth import Asked
+from .warmth import Asked, Spec
 
 WORKER = "hpc_elastic.worker"
+LONGEST_S = 30  # to get ready in
 OWN_STREAMS = 2  # stdout and stderr; what else is sent has a variable with its number
 
 
@@ -26,6 +31,24 @@ class Newborn:
     descriptors: list[int]
     guard: int
     dispositions: Mapping[signal.Signals, Any]
+
+
+def get_ready(spec: Spec) -> None:
+    """Do ahead what any newcomer does: import what needs MPI, and rehearse what costs once a process."""
+    signal.alarm(LONGEST_S)  # nobody has anything of one that hangs
+    begun = time.monotonic()
+    for name in (WORKER, *(name for name in spec.modules if name.startswith(f"{__package__}."))):
+        with contextlib.suppress(Exception):  # the newcomer says it, when it does that itself
+            importlib.import_module(name)
+    for name, arguments in spec.rehearsals.items():
+        try:
+            importlib.import_module(name).rehearse(**arguments)
+        except Exception as problem:  # noqa: BLE001  (the newcomer does without)
+            print(f"not rehearsed: {name}: {type(problem).__name__}: {problem}", flush=True)
+    gc.collect()
+    gc.freeze()
+    print(f"a process waits, ready after {time.monotonic() - begun:.1f} s", flush=True)
+    signal.alarm(0)
 
 
 def be_born(newborn: Newborn) -> None:

@@ -7,7 +7,8 @@ writes ``HOST.log``, and ``HOST.refused`` if it finds that it can't serve; and w
 There a newcomer's guard asks it for a process, and sends the descriptors and variables that this is to have. It forks, and
 tells the guard in the end how the process has ended, which only a parent gets to know. Who is not served starts as ever.
 
-Some children it forks ahead of time, each for one newcomer, which import what needs MPI and then wait.
+Some children it forks ahead of time, each for one newcomer, which import what needs MPI, rehearse what costs once a process,
+and then wait.
 
 It does nothing but import itself: no MPI, no operation, no thread goes on in it, since a fork takes none along. It imports
 in a thread of low priority, so that the ranks are not slowed; the thread that forks has the usual one, which nobody can get
@@ -19,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import importlib
 import json
 import os
 import select
@@ -36,14 +36,14 @@ from pathlib import Path
 import msgspec
 
 from . import warmth
-from .newborn import WORKER, Newborn, be_born
+from .newborn import Newborn, be_born, get_ready
 from .preloading import preload_gently, threads
 
 LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
 LARGEST = 1 << 18  # bytes of a request
-AHEAD, AHEAD_S = 2, 1.0  # processes that wait; how long after a request new ones are forked
-LONGEST_PAUSE_S = 30.0  # after ones that failed, each time twice as long; then no more
+AHEAD, AHEAD_S = 2, 2.0  # processes that wait; how long after a request new ones are forked
+LONGEST_PAUSE_S = 60.0  # after ones that failed, each time twice as long; then no more
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
 
@@ -55,6 +55,11 @@ class Child:
     pid: int
     descriptor: int
     line: socket.socket
+
+    @property
+    def ready(self) -> bool:
+        """Whether one that waits has said so, or has ended."""
+        return bool(select.select([self.line], [], [], 0)[0])
 
 
 @dataclass
@@ -259,9 +264,11 @@ class WarmParent:
 
     def fork(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn | None:
         """Give a guard a process that waits, or a new one; in that, return what it is to be."""
-        child = self.waiting.pop() if self.waiting else None
+        child = next((child for child in self.waiting if child.ready), None)
         if child is not None:
+            self.waiting.remove(child)
             try:
+                child.line.recv(1)  # what is not read would end the line
                 socket.send_fds(child.line, [data], [line.fileno(), *descriptors])
             except OSError:  # it has just ended, or does now
                 child.line.close()
@@ -300,10 +307,11 @@ class WarmParent:
             self.waiting.append(child)
             return None
         mine.close()
-        for name in (WORKER, *(name for name in self.spec.modules if name.startswith(f"{__package__}."))):
-            with contextlib.suppress(Exception):  # the newcomer says it, when it does that itself
-                importlib.import_module(name)
-        data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
+        get_ready(self.spec)
+        data, descriptors = b"", list[int]()
+        with contextlib.suppress(OSError):
+            theirs.send(b"r")
+            data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
         if not data:
             os._exit(0)  # the parent has ended
         theirs.close()

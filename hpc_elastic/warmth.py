@@ -22,12 +22,16 @@ OWN = (
 )
 
 Stamp = tuple[int, int, int]  # inode, size in bytes, time of change in ns
+# Modules whose `rehearse` the processes that wait to be newcomers call, with these arguments. Whoever knows what all ranks
+# of the job have in common puts them here.
+rehearsals: dict[str, dict[str, int]] = {}
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a warm parent is started with: the file of each module, Python's `path`, its `command` and environment."""
+    """What a warm parent is started with: modules' files, `rehearsals`, Python's `path`, its `command` and environment."""
 
     modules: dict[str, str]
+    rehearsals: dict[str, dict[str, int]]
     path: list[str]
     command: list[str]
     environ: dict[str, str]

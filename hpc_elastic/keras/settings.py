@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .. import warmth
 from ..errors import ConfigError
 
+REHEARSAL = f"{__package__}.rehearsal"
 LARGEST_SET = "ONEDNN_MAX_CPU_ISA"
 # Instruction sets, as Linux names them, by which TensorFlow's libraries choose at run time how to add up.
 INSTRUCTIONS = (
@@ -48,6 +50,7 @@ def same_bits(*, threads: int = 1, seed: int = 0) -> None:
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
+    warmth.rehearsals[REHEARSAL] = {"threads": threads}
 
 
 def check() -> None:
@@ -67,7 +70,8 @@ def check() -> None:
             f"he.keras works with Keras on TensorFlow, and this is Keras on {keras.backend.backend()}: "
             "set KERAS_BACKEND=tensorflow"
         )
-    if not tf.config.threading.get_intra_op_parallelism_threads():
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    if not threads:
         raise ConfigError(
             "TensorFlow would take as many threads as each machine has cores, and other numbers give other bits: call "
             "he.keras.same_bits(threads=1) at the top of the script, before TensorFlow is used; or give "
@@ -82,6 +86,7 @@ def check() -> None:
     # These two are read whenever something is traced, so it is not too late for them.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     tf.config.experimental.enable_op_determinism()
+    warmth.rehearsals[REHEARSAL] = {"threads": threads}
 
 
 def of_bits() -> str:

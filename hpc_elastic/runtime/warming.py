@@ -55,7 +55,6 @@ class Warming:
         environ = portable(without_session()) | {RUN_VARIABLE: str(run.path)}  # by which it is known to belong to the run
         command = [sys.executable, "-m", "hpc_elastic.warm", str(run.path)]
         path = self._leader.session.script.path
+        spec = warmth.Spec(modules=modules, rehearsals=warmth.rehearsals, path=path, command=command, environ=environ)
         with contextlib.suppress(OSError):  # the keeper finds none, or that of before; the job needs neither
-            run.put(
-                run.path / "warm" / "spec.json", warmth.Spec(modules=modules, path=path, command=command, environ=environ)
-            )
+            run.put(run.path / "warm" / "spec.json", spec)

@@ -172,6 +172,22 @@ def test_parent_that_can_not_serve(library, start, tmp_path):
 
 
 @pytest.mark.usefixtures("all_faults")
+@pytest.mark.parametrize("what", ["raise ValueError", "os.kill(os.getpid(), 9)", "time.sleep(5)"])
+def test_rehearsal_that_fails(what, library, start, tmp_path):
+    """Newcomers are forked all the same."""
+    program = library(f"import os, time\ndef rehearse(number):\n    {what}\n")
+    register = "from hpc_elastic import warmth\nwarmth.rehearsals['installed'] = {'number': 1}\n"
+    program[0].write_text(register + program[0].read_text())
+    with start(*program) as job:
+        run = under_way(tmp_path / "r")
+        parent(run)
+        assert resized(run, 3) == ["warm", "warm"]
+        stopped(job, run)
+    said = "not rehearsed: installed: ValueError: " in (run.path / "warm" / f"{HOST}.log").read_text()
+    assert said == (what == "raise ValueError")
+
+
+@pytest.mark.usefixtures("all_faults")
 def test_newcomer_that_dies(start, tmp_path):
     """As it warms up: its guard says how, which only its parent knows."""
     with start(environ={"HPC_ELASTIC_FAULT": "warm:kill:member=1"}) as job:
@@ -222,3 +238,24 @@ def test_tensorflow(tmp_path):
         assert kib["Private_Clean"] + kib["Private_Dirty"] < 150 * 1024
         assert job.wait().value("sha256") == static
     assert [run.end_of(number).code for number in range(2)] == [0, 0]
+
+
+@HEAVY
+@pytest.mark.tensorflow
+@pytest.mark.usefixtures("all_faults")
+def test_rehearsal_leaves_no_trace(tmp_path):
+    """A newcomer that has rehearsed finds names, random numbers and settings as one that was started cold."""
+    command = hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--set", "warm=on", SCRIPTS / "traces.py")
+    with Job(command, folder=tmp_path, limit_s=180) as job:
+        run = under_way(tmp_path / "r")
+        parent(run)
+        log, socket = run.path / "warm" / f"{HOST}.log", run.path / "warm" / f"{HOST}.sock"
+        until(lambda: log.read_text().count("a process waits") == 2)
+        assert "not rehearsed" not in log.read_text()
+        assert not list(tmp_path.glob("tmp-*/*.py"))  # AutoGraph's
+        assert resized(run, 2) == ["warm"]
+        socket.rename(tmp_path / "away.sock")
+        assert resized(run, 3) == ["cold: it was not ready"]
+        stopped(job, run)
+    seed, warm, cold = ((tmp_path / f"{number}.txt").read_text() for number in range(3))
+    assert warm == cold == seed

@@ -188,7 +188,9 @@ def parents(tmp_path):
 
     def start(setup="", modules=(), **environ):
         environ = {**os.environ, **environ}
-        spec = warmth.Spec(modules=dict(modules), path=[*sys.path, str(tmp_path)], command=[], environ=environ)
+        spec = warmth.Spec(
+            modules=dict(modules), rehearsals={}, path=[*sys.path, str(tmp_path)], command=[], environ=environ
+        )
         (tmp_path / "warm" / "spec.json").write_bytes(msgspec.json.encode(spec))
         program = f"import sys; sys.argv[1:] = [{str(tmp_path)!r}]\nfrom hpc_elastic import warm\n{setup}\nwarm.main()"
         pipe = subprocess.PIPE
