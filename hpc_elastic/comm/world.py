@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import mpi4py
 import msgspec
 import numpy as np
 from mpi4py import MPI
@@ -75,6 +77,18 @@ def finalize() -> None:
         for path in unmapped([path for path in segments if path.exists()]):
             path.unlink(missing_ok=True)
         end_in_time()
+
+
+def at_exit() -> None:
+    """End MPI at the interpreter's end; or the process, where MPI can't be ended and mpi4py would do so all the same.
+
+    That it does where the script has imported MPI before `he.run` could tell it not to.
+    """
+    finalize()
+    if forsaken() and mpi4py.rc.finalize is not False:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if hasattr(sys, "last_value") else 0)
 
 
 class Belonging(Protocol):

@@ -226,7 +226,7 @@ def _end_without_mpi() -> None:
     """At the interpreter's end, leave without ``MPI_Finalize``, which would wait for ranks that don't come."""
     from ..comm import world
 
-    atexit.unregister(world.finalize)
+    atexit.unregister(world.at_exit)
 
     def leave() -> None:
         sys.stdout.flush()

@@ -132,10 +132,10 @@ def import_mpi() -> None:
 def _seed_job(given: dict[str, Any]) -> Job:
     import_mpi()
     from ..comm.waiting import Watch
-    from ..comm.world import World, finalize
+    from ..comm.world import World, at_exit
 
     faulthandler.register(signal.SIGQUIT)  # Ctrl-\\ or kill -QUIT prints the stacks of a rank that hangs
-    atexit.register(finalize)
+    atexit.register(at_exit)
     world = World.of_seeds(Watch())
     session = _agree(world, lambda: _first_session(given, world) if world.rank == 0 else None)
     told = None
@@ -228,9 +228,9 @@ def _named(kind: str) -> type[ElasticError]:
 
 
 def _newcomer_job() -> Job:
-    from ..comm.world import finalize
+    from ..comm.world import at_exit
 
-    atexit.register(finalize)
+    atexit.register(at_exit)
     door, session, member = _newcomer.pop()
     job = _job(session, member, None, door)
     watch_for_failure(job)

@@ -58,10 +58,9 @@ ASLEEP = {"3:1-0,15:1-0,20:2": 2, "3:1-1,20:2": 2, "3:1-1": 1}  # in the first a
 
 
 @pytest.mark.parametrize("table", ASLEEP)
-def test_ranks_that_sleep_meanwhile(table, tmp_path, pytestconfig):
+@pytest.mark.usefixtures("all_faults")
+def test_ranks_that_sleep_meanwhile(table, tmp_path):
     """They come back epochs later, as the leader too, or never; what is said once is said once."""
-    if table != next(iter(ASLEEP)) and not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
     said, curves = [], []
     both = {"HPC_ELASTIC_RUN_DIR": "r", "HPC_ELASTIC_SLOTS": "2"}
     for n, settings in ((2, {"TIMETABLE": table, "POLICY": "timetable", "HOLD": "true"}), (1, {})):
@@ -93,6 +92,7 @@ def test_a_rank_that_sleeps_until_a_further_fit(tmp_path):
     assert done.value("fits") == run(tmp_path, "fits").value("fits")
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_a_newcomer_of_a_further_fit(tmp_path):
     """It has what the fit before it made, at once, and of its own; another model's fit leaves the next one alone."""
     done = run(tmp_path, "fits", *TWO, "--run-dir", "r")  # the first one has less steps than that

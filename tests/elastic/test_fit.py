@@ -153,7 +153,7 @@ def test_adascale_remembers(tmp_path):
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     whole = run(tmp_path / "whole", options, script)
-    killed = run(tmp_path / "killed", (*options, "--set", "recovery=restart"), (*script, "--kill", 9))
+    killed = run(tmp_path / "killed", options, (*script, "--kill", 9, "--everybody"))
     assert len(happened(tmp_path / "killed" / "r", events.Restarted)) == 1
     assert lines(killed) == lines(whole)
     steps = int(whole.value("iterations").split()[0])

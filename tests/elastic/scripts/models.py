@@ -149,15 +149,16 @@ def parse():
     parser.add_argument("--log", action="store_true", help="print what the leader alone should")
     parser.add_argument("--kill", type=int, help="a rank kills itself after so many steps")
     parser.add_argument("--evaluating", action="store_true", help="it does so when it evaluates")
+    parser.add_argument("--everybody", action="store_true", help="it kills the others before")
     return parser.parse_args()
 
 
 class Fatal(keras.callbacks.Callback):
     """Kills the last rank of several, or a single one, once: when a step is done, or when it evaluates after it."""
 
-    def __init__(self, job, step, *, evaluating):
+    def __init__(self, job, step, *, evaluating, everybody):
         super().__init__()
-        self.job, self.step, self.evaluating = job, step, evaluating
+        self.job, self.step, self.evaluating, self.everybody = job, step, evaluating, everybody
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002  (Keras's signature)
         self.kill(evaluating=False)
@@ -168,7 +169,9 @@ class Fatal(keras.callbacks.Callback):
     def kill(self, *, evaluating):
         here = int(self.model.optimizer.iterations), evaluating
         if here == (self.step, self.evaluating) and self.job.rank == self.job.size - 1 and first():
-            os.kill(os.getpid(), signal.SIGKILL)
+            others = self.job.generation.members[:-1] if self.everybody else ()
+            for pid in (*(member.pid for member in others), os.getpid()):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Log(keras.callbacks.Callback):
@@ -208,7 +211,8 @@ def train(job):
     rest = [keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)] if given.early else []
     rest += [keras.callbacks.ReduceLROnPlateau("loss", patience=1)] if given.early else []
     elastic = he.keras.Elasticity(job, keep=rest, rule=given.rule)
-    others = [Fatal(job, given.kill, evaluating=given.evaluating)] if given.kill else []
+    fatal = Fatal(job, given.kill, evaluating=given.evaluating, everybody=given.everybody)
+    others = [fatal] if given.kill else []
     others += [he.keras.OnLeader(job, Log())] if given.log else []
     history = model.fit(
         he.keras.data(seen, batch=given.batch, **fields),
