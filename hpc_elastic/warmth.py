@@ -22,8 +22,8 @@ OWN = (
 )
 
 Stamp = tuple[int, int, int]  # inode, size in bytes, time of change in ns
-# Modules whose `rehearse` the processes that wait to be newcomers call, with these arguments. Whoever knows what all ranks of
-# the job have in common puts them here.
+# Modules whose `rehearse` the processes that wait to be newcomers call, with these arguments. Whoever knows what all ranks
+# of the job have in common puts them here.
 rehearsals: dict[str, dict[str, int]] = {}
 
 

@@ -1,8 +1,8 @@
 """What TensorFlow and Keras do only once in a process, done ahead, in a process that waits to be a newcomer.
 
 A tiny model is made, traced and run, in a thread of its own and a context of TensorFlow's of its own, and thrown away with
-both: Keras keeps its names, policies and seeds by thread, TensorFlow its seeds and settings by context. Not at a low priority: a
-thread that TensorFlow starts meanwhile and keeps (``tf_graph_runner``) would have that for good.
+both: Keras keeps its names, policies and seeds by thread, TensorFlow its seeds and settings by context. Not at a low
+priority: a thread that TensorFlow starts meanwhile and keeps (``tf_graph_runner``) would have that for good.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..arrays.gpu import PRESENT
 def rehearse(threads: int) -> None:
     """Do it once, with so many threads as the job has within an operation: TensorFlow has one pool of these a process.
 
-    Where there may be GPUs nothing is done: TensorFlow would take memory of theirs for one that only waits, and look for them
-    before this process has been told which are its own.
+    Where there may be GPUs nothing is done: TensorFlow would take memory of theirs for one that only waits, and look for
+    them before this process has been told which are its own.
     """
     if PRESENT or keras.backend.backend() != "tensorflow":
         return
