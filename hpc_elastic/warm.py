@@ -43,7 +43,7 @@ LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
 LARGEST = 1 << 18  # bytes of a request
 AHEAD, AHEAD_S = 2, 2.0  # processes that wait; how long after a request new ones are forked
-LONGEST_PAUSE_S = 60.0  # after ones that failed, each time twice as long; then no more
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # after ones that failed, each time twice as long; then no more
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
 HOST = os.uname().nodename
 
@@ -70,7 +70,7 @@ class WarmParent:
     children: list[Child] = field(default_factory=list)
     waiting: list[Child] = field(default_factory=list)
     next_ahead: float = 0.0
-    pause_s: float = AHEAD_S
+    pause_s: float = PAUSE_S
     next_beats: float = 0.0
     beats: dict[str, int] = field(default_factory=dict)
     quiet_since: float = field(default_factory=time.monotonic)
@@ -276,7 +276,7 @@ class WarmParent:
                 child = None
             else:
                 child.line.close()
-                child.line, self.pause_s = line, AHEAD_S
+                child.line, self.pause_s = line, PAUSE_S
         if child is None:
             child = self.forked(line)
             if child is None:

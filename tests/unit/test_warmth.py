@@ -294,7 +294,7 @@ os.fork = fork
 def test_those_that_die_as_they_wait_are_forked_less_and_less_often(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(warm.time, "monotonic", lambda: clock[0])
-    parent = SimpleNamespace(pause_s=warm.AHEAD_S, next_ahead=0.0)
+    parent = SimpleNamespace(pause_s=warm.PAUSE_S, next_ahead=0.0)
     pauses = []
     for _ in range(6):
         warm.WarmParent.put_off(parent)
