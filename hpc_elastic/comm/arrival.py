@@ -40,7 +40,6 @@ from .waiting import forsake, send
 LOOK_S = 0.25
 LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
-AT_ONCE = 4  # calls of MPI_Comm_spawn: of 16 at a time one newcomer did not come out of MPI_Init, and the leader crashed
 STANDING_IN_S = 1.0  # how long somebody may take to stand in for a newcomer that is gone
 
 
@@ -188,13 +187,9 @@ class Arrivals:
         return self._party is not None
 
     def _bring(self) -> None:
-        fresh = [arrival for arrival in self.all if arrival.line is None]
-        lots = [lot for first in range(AT_ONCE) if (lot := fresh[first::AT_ONCE])] if self._bridge.at_once else [fresh]
-        threads = [threading.Thread(target=self._connect, args=(lot,), daemon=True) for lot in lots]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for arrival in self.all:
+            if arrival.line is None and not self._called_off and not any(other.error for other in self.all):
+                self._connect(arrival)
         if self._called_off or any(arrival.error for arrival in self.all):
             self._send_home()
             return
@@ -204,22 +199,18 @@ class Arrivals:
         except (MPI.Exception, JobError) as error:
             self._error = f"the newcomers could not be brought together: {error}"
 
-    def _connect(self, lot: list[Arrival]) -> None:
-        for arrival in lot:
-            if self._called_off or any(other.error for other in self.all):
-                return
-            begun = self._clock()
-            connected = threading.Event()
-            threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
-            try:
-                faults.at("spawn")
-                # Nothing else collective here: MPICH mixes up the messages of two merges at a time.
-                arrival.line = self._bridge.connect(self._run, arrival.options.member)
-                arrival.spawn_s = self._clock() - begun
-            except (MPI.Exception, OSError, JobError) as error:
-                arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
-            finally:
-                connected.set()
+    def _connect(self, arrival: Arrival) -> None:
+        begun = self._clock()
+        connected = threading.Event()
+        threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
+        try:
+            faults.at("spawn")
+            arrival.line = self._bridge.connect(self._run, arrival.options.member)
+            arrival.spawn_s = self._clock() - begun
+        except (MPI.Exception, OSError, JobError) as error:
+            arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
+        finally:
+            connected.set()
 
     def _limit(self, arrival: Arrival, connected: threading.Event) -> None:
         """End a newcomer that does not come out of MPI_Init: this rank is kept in its call until somebody stands in for it.

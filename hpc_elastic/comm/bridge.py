@@ -21,15 +21,7 @@ def handover(run: RunDirectory, member: int) -> list[str]:
 
 
 class Bridge(Protocol):
-    """How to connect with a newcomer that is warm.
-
-    Attributes
-    ----------
-    at_once : bool
-        Several threads may connect at a time.
-    """
-
-    at_once: bool
+    """How to connect with a newcomer that is warm. One connects at a time."""
 
     def launcher(self, run: RunDirectory, member: int) -> list[str]:
         """Return the command of the launcher that newcomer `member` starts for itself when it is called, or nothing."""
@@ -46,9 +38,6 @@ class Bridge(Protocol):
 
 class Spawn:
     """The newcomer becomes a process of this rank's own launcher, by ``MPI_Comm_spawn``."""
-
-    def __init__(self, vendor: Vendor) -> None:
-        self.at_once = vendor.spawns_at_once
 
     def launcher(self, run: RunDirectory, member: int) -> list[str]:  # noqa: ARG002
         """Return nothing: this rank's launcher starts it."""
@@ -72,8 +61,6 @@ class Spawn:
 
 class Join:
     """The newcomer gets a launcher of its own and calls this rank: the loss of its whole node reaches no other launcher."""
-
-    at_once = False
 
     def __init__(self, vendor: Vendor) -> None:
         if not vendor.joins:

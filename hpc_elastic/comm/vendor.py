@@ -29,8 +29,6 @@ class Vendor:
         Variables that must stand in the environment of the launcher and of every rank before ``MPI_Init``.
     launch : tuple of str
         Options of its mpiexec.
-    spawns_at_once : bool
-        Several threads may be inside ``MPI_Comm_spawn`` at a time.
     shrinks : bool
         After a loss the survivors' communicator comes from ULFM's ``Shrink``; else from ``Create_group``, which takes that
         the launcher is kept calm by the dead rank's guard.
@@ -53,7 +51,6 @@ class Vendor:
     banner: str
     environment: dict[str, str]
     launch: tuple[str, ...]
-    spawns_at_once: bool
     shrinks: bool
     joins: bool
     calls_apart: bool
@@ -78,7 +75,6 @@ VENDORS = (
         },
         # On this host alone, whatever scheduler's job it is in.
         launch=("-launcher", "fork", "-rmk", "user"),
-        spawns_at_once=True,
         shrinks=False,
         joins=True,
         calls_apart=True,
@@ -109,7 +105,6 @@ VENDORS = (
             "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         },
         launch=("--with-ft", "ulfm"),
-        spawns_at_once=False,
         shrinks=True,
         joins=False,
         calls_apart=False,

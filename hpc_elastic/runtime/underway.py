@@ -121,8 +121,7 @@ class Invitations:
     def bridge(self) -> Bridge:
         """Return how newcomers are connected with."""
         if self._bridge is None:
-            kind = Join if self._leader.session.config.joins else Spawn
-            self._bridge = kind(vendor())
+            self._bridge = Join(vendor()) if self._leader.session.config.joins else Spawn()
         return self._bridge
 
     def _options(self, member: int, lease: Lease) -> Options:
