@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +17,20 @@ if TYPE_CHECKING:
 def numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Return `metrics` as they were before they went through JSON, which writes null for NaN and infinity."""
     return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def whole(name: str, value: object) -> int:
+    """Return `value` as an integer of Python's, not NumPy's, which the status and the events can't hold.
+
+    Raises
+    ------
+    ConfigError
+        If it is none; `name` is how the message calls it.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name} must be an integer, not {value!r:.100}") from None
 
 
 LOCALHOST = "localhost"  # where the leader is

@@ -19,7 +19,7 @@ from .config import DOOR_VARIABLE, GUARD_VARIABLE, START_VARIABLE, STDERR_VARIAB
 from .warmth import Asked, Spec
 
 WORKER = "hpc_elastic.worker"
-LONGEST_S = 30  # to get ready in
+LONGEST_S = 30  # to rehearse
 OWN_STREAMS = 2  # stdout and stderr; what else is sent has a variable with its number
 
 
@@ -35,20 +35,20 @@ class Newborn:
 
 def get_ready(spec: Spec) -> None:
     """Do ahead what any newcomer does: import what needs MPI, and rehearse what costs once a process."""
-    signal.alarm(LONGEST_S)  # nobody has anything of one that hangs
     begun = time.monotonic()
     for name in (WORKER, *(name for name in spec.modules if name.startswith(f"{__package__}."))):
         with contextlib.suppress(Exception):  # the newcomer says it, when it does that itself
             importlib.import_module(name)
+    signal.alarm(LONGEST_S)  # nobody has anything of one that hangs
     for name, arguments in spec.rehearsals.items():
         try:
             importlib.import_module(name).rehearse(**arguments)
         except Exception as problem:  # noqa: BLE001  (the newcomer does without)
             print(f"not rehearsed: {name}: {type(problem).__name__}: {problem}", flush=True)
+    signal.alarm(0)
     gc.collect()
     gc.freeze()
     print(f"a process waits, ready after {time.monotonic() - begun:.1f} s", flush=True)
-    signal.alarm(0)
 
 
 def be_born(newborn: Newborn) -> None:

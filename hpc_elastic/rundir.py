@@ -22,6 +22,7 @@ RUN/                 mode 0700
     warm/            what warm parents import (`hpc_elastic.warm`); of each: HOST.sock, HOST.lock, HOST.log, HOST.refused
     newcomers/       what newcomers are told and what they report, before they are connected by MPI
     ledger/          consumed samples, if asked for
+    fit-N.json       the history of the Keras `fit` that was loop N, for ranks that come later
     tensorboard/     the log that `hpc-elastic tensorboard` writes
 """
 
@@ -29,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -40,6 +40,7 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
+from .encoding import decoded, encoded
 from .errors import RunDirectoryError
 from .model import Member, Request, numbers
 from .places import unused_below
@@ -203,13 +204,13 @@ class RunDirectory:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(_encoded(value))
+            file.write(encoded(value))
         return beside
 
     def get(self, path: Path, kind: type[T]) -> T | None:
         """Return the value in `path`, or None if there is no such file."""
         try:
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+            return decoded(path.read_bytes(), kind)
         except FileNotFoundError:
             return None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -257,6 +258,10 @@ class RunDirectory:
     def beat_file(self, member: int) -> Path:
         """Return the file that process `member` touches as a sign of life."""
         return self.path / "ranks" / f"{member}.beat"
+
+    def history(self, loop: int) -> Path:
+        """Return the file for the history of the Keras `fit` that was loop number `loop`."""
+        return self.path / f"fit-{loop}.json"
 
     def ends(self) -> list[End]:
         """Return how processes ended, the first to end first, as far as their guards have said so."""
@@ -383,11 +388,3 @@ class RunDirectory:
         self.put(self._answers / name, answer)
         with contextlib.suppress(OSError):  # not a file: it is passed over from now on
             (self._inbox / name).unlink(missing_ok=True)
-
-
-def _encoded(value: msgspec.Struct | Mapping[str, Any]) -> bytes:
-    """Return `value` as JSON: bytes of names and variables that are no UTF-8 as escapes, which only `json` reads."""
-    try:
-        return msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        return json.dumps(msgspec.to_builtins(value)).encode()

@@ -33,9 +33,8 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from . import warmth
+from .encoding import decoded
 from .newborn import Newborn, be_born, get_ready
 from .preloading import preload_gently, threads
 
@@ -80,8 +79,7 @@ class WarmParent:
     def __post_init__(self) -> None:
         self.folder = self.run / "warm"
         self.socket, self.refused = self.folder / f"{HOST}.sock", self.folder / f"{HOST}.refused"
-        # Not by msgspec alone: variables and folders may hold bytes that are no UTF-8.
-        self.spec = msgspec.convert(json.loads((self.folder / "spec.json").read_bytes()), warmth.Spec)
+        self.spec = decoded((self.folder / "spec.json").read_bytes(), warmth.Spec)
         self.born = dict(os.environ)
         self.dispositions = {number: signal.getsignal(number) for number in IGNORED}
         for number in IGNORED:

@@ -6,29 +6,25 @@ an epoch, or after the next step. What else callbacks change is compared, since 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..state import Registry
-from . import settings
+from . import histories, settings
 from .state import Callbacks
 from .tracing import watched
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..runtime.job import Job
 
 DIGEST = 0xFFFFFF  # its square, summed over all microbatches, stays an int64
 DIFFERING = (
-    "the ranks' processors differ: {} is not on all. TensorFlow may round otherwise there, so that the last bits can be "
+    "the ranks' processors differ: not all have {}. TensorFlow may round otherwise there, so that the last bits can be "
     "others than on processors of one kind; with {}, set to what all have (such as AVX2), it does not"
 )
 ADVICE = (
@@ -36,12 +32,6 @@ ADVICE = (
     "ReduceLROnPlateau, in he.keras.Elasticity(job, keep=[…]); let none depend on the rank, its clock or its files"
 )
 HOOKS = ("on_train_batch_end", "on_epoch_end", "on_train_end")
-
-
-class Fit(msgspec.Struct, frozen=True):
-    """What a `fit` has returned, as text of Python's: a loss may be no number, which strict JSON can't say."""
-
-    history: str
 
 
 class Accord:
@@ -141,7 +131,7 @@ class Accord:
         if self._job.stopped:
             return
         if self.over:
-            self._read()
+            histories.read(self._job, self._history)
         elif self._job.joined:
             self._compared(False, ends=True)
 
@@ -156,7 +146,9 @@ class Accord:
 
         def exchange() -> None:
             if ends and self._job.leads:
-                self._write()  # before the others can go on: if this rank is lost, the next leader comes here, too
+                histories.write(
+                    self._job, self._history
+                )  # before the others can go on: if this rank is lost, the next leader comes here, too
             words[:] = self._job.collective.allgather(np.array([wish, digest], np.int64))
             if self._led.names():
                 self._tell()
@@ -167,20 +159,6 @@ class Accord:
         if any(word[1] != digest for word in words):
             raise ConfigError(f"the weights, learning rates or counts of steps of the ranks differ: {ADVICE}")
         return bool(words[0][0])
-
-    @property
-    def _file(self) -> Path:
-        return self._job.session.run.path / f"fit-{self._job.here.loop}.json"
-
-    def _write(self) -> None:
-        """Leave the history for newcomers of further loops, and for restarts there, which pass over this `fit`."""
-        text = json.dumps(Callbacks([self._history]).state(), default=lambda array: array.tolist())
-        self._job.session.run.put(self._file, Fit(text))
-
-    def _read(self) -> None:
-        fit = self._job.session.run.get(self._file, Fit)
-        if fit is not None:
-            Callbacks([self._history]).load(json.loads(fit.history))
 
     def _tell(self) -> None:
         """Have the leader's callbacks' state told to those of the others, which may lead next."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 import keras
 
 from ..errors import ConfigError
+from ..model import whole
 from ..sampler import Order, random_of, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ class Data(keras.utils.PyDataset):  # type: ignore[misc]
         shuffle: bool,
     ) -> None:
         super().__init__()
-        self.samples, self.batch = samples, operator.index(batch)
+        self.samples, self.batch = samples, whole("he.keras.data: batch", batch)
         self.decode, self.shuffle, self.seed = decode, shuffle, seed
-        if batch < 1 or not len(samples):
+        if self.batch < 1 or not len(samples):
             raise ConfigError(f"he.keras.data of {len(samples)} samples in batches of {batch}: there must be some of each")
         self._order = Order(len(samples), seed or 0, shuffle, samples.chunk_samples)
         self._epoch, self._within, self._in_order = 0, False, True

@@ -76,8 +76,9 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
 
     @property
     def adascale_steps(self) -> float:
-        """AdaScale's own count of steps in this `fit` and those before it, the sum of its gains, for schedules; else 0.
+        """AdaScale's own count of steps, the sum of its gains, for schedules; 0 for other rules.
 
+        It counts on through further calls of `fit`, until the model is compiled anew, or `fit` gets other data.
         A step of several ranks counts for as many of one rank as it gains; the paper's learning rates are functions of this.
         """
         adascale = self._traced.adascale if self._traced is not None else None

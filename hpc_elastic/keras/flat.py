@@ -1,4 +1,4 @@
-"""Tensors of fixed shapes packed into one flat tensor for each dtype, since a call from a graph costs by the tensor."""
+"""Tensors of fixed shapes packed into one flat tensor for each dtype, since what is exchanged costs by the tensor."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
                 self._epoch = arguments[0] if name == "on_epoch_begin" else math.inf
             # At the begin of a fit a newcomer does not know yet whether it leads: it does not. One that was asleep may lead
             # when it comes back, and passes over epochs that were done meanwhile.
-            if not self._job.leads or self._epoch < self._job.here.cursor.epoch:
+            elastic = self.model._initial_epoch is not None  # noqa: SLF001  (`Elasticity` sets it for its fit)
+            if not self._job.leads or (elastic and self._epoch < self._job.here.cursor.epoch):
                 self._begun.clear()  # what it began is gone on with elsewhere
                 return
             begins, begun = name == begin, kind in self._begun

@@ -31,12 +31,22 @@ def refuse(model: Any, rule: str, leaves: int) -> None:
             "by the callback LearningRateScheduler"
         )
     if model.run_eagerly:
-        raise ConfigError("compile(run_eagerly=True) can't be elastic: the sum is done inside the graph of a step")
+        raise ConfigError(
+            "compile(run_eagerly=True) can't be elastic: a step is traced once, into graphs, and the sum is between them"
+        )
     if tf.distribute.has_strategy() or model._distribute_strategy is not None:  # noqa: SLF001
         raise ConfigError("tf.distribute would sum gradients as well: build the model without a strategy")
     odd = [variable.path for variable in model.metrics_variables if variable.aggregation != "sum"]
     if odd:
         raise ConfigError(f"the metric variable {odd[0]} is no sum (its aggregation), so that of microbatches is not known")
+
+
+def refuse_frozen(model: Any) -> None:
+    """Raise `ConfigError` if a built model has nothing to train, of which Keras would only warn."""
+    if not model.trainable_variables:
+        raise ConfigError(
+            "the model has no weights to be trained: evaluate it, or make layers trainable and compile it again"
+        )
 
 
 def refuse_losses(model: Any) -> None:

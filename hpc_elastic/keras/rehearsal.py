@@ -7,8 +7,10 @@ priority: a thread that TensorFlow starts meanwhile and keeps (``tf_graph_runner
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +19,7 @@ from tensorflow.python.eager import context
 import keras
 
 from ..arrays.gpu import PRESENT
+from ..config import RUN_VARIABLE
 
 
 def rehearse(threads: int) -> None:
@@ -28,6 +31,7 @@ def rehearse(threads: int) -> None:
     if PRESENT or keras.backend.backend() != "tensorflow":
         return
     if any(device.device_type != "CPU" for device in tf.config.list_physical_devices()):
+        context._reset_context()  # noqa: SLF001  (which this has begun)
         return
     problems: list[BaseException] = []
 
@@ -40,7 +44,8 @@ def rehearse(threads: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     usual, thread = tempfile.tempdir, threading.Thread(target=act)
-    with tempfile.TemporaryDirectory() as folder:  # AutoGraph leaves files
+    run = os.environ.get(RUN_VARIABLE)  # where nobody minds what one that is killed leaves
+    with tempfile.TemporaryDirectory(dir=Path(run) / "warm" if run else None) as folder:  # AutoGraph leaves files
         tempfile.tempdir = folder
         thread.start()
         thread.join()

@@ -39,9 +39,11 @@ def moments(squares: float, square: float, parts: int, part: float, base: float)
     Returns
     -------
     variance, square : float
-        Not a number for a single microbatch, which tells nothing of the variance, and for gradients that are not finite.
+        Not a number for a single microbatch, which tells nothing of the variance; infinite if a gradient is not finite.
     """
-    if parts == 1 or not (math.isfinite(squares) and math.isfinite(square)):
+    if not (math.isfinite(squares) and math.isfinite(square)):
+        return math.inf, math.inf
+    if parts == 1:
         return math.nan, math.nan
     variance = max(0.0, squares - square) * parts / (parts - 1)  # of the gradient of one microbatch
     return variance * part / base, max(0.0, square - variance / parts)
@@ -79,5 +81,6 @@ class AdaScale:
             }
         weight = self.memory["weight"] or 1.0  # corrects the bias of the beginning
         found = gain(self.memory["variance"] / weight, self.memory["square"] / weight, scale)
-        self.memory["steps"] += found
+        if not math.isinf(variance):  # else the step is left out by an optimizer that scales the loss
+            self.memory["steps"] += found
         return found

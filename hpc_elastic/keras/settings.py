@@ -17,6 +17,11 @@ INSTRUCTIONS = (
 )
 
 
+def _rehearse(threads: int) -> None:
+    """Have newcomers rehearse, with so many threads, before they are asked for."""
+    warmth.rehearsals[REHEARSAL] = {"threads": threads}
+
+
 def same_bits(*, threads: int = 1, seed: int = 0) -> None:
     """Make TensorFlow compute the same bits on every rank. To be called before the first operation.
 
@@ -50,7 +55,7 @@ def same_bits(*, threads: int = 1, seed: int = 0) -> None:
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     keras.utils.set_random_seed(seed)
     tf.config.experimental.enable_op_determinism()
-    warmth.rehearsals[REHEARSAL] = {"threads": threads}
+    _rehearse(threads)
 
 
 def check() -> None:
@@ -86,7 +91,7 @@ def check() -> None:
     # These two are read whenever something is traced, so it is not too late for them.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     tf.config.experimental.enable_op_determinism()
-    warmth.rehearsals[REHEARSAL] = {"threads": threads}
+    _rehearse(threads)
 
 
 def of_bits() -> str:
@@ -102,7 +107,7 @@ def of_bits() -> str:
 
 
 def instructions(file: Path = Path("/proc/cpuinfo")) -> list[bool]:
-    """Return which of `INSTRUCTIONS` this processor has; none if it is set which are used."""
+    """Return which of `INSTRUCTIONS` this processor has; none if `LARGEST_SET` bounds what is used, for all alike."""
     if LARGEST_SET in os.environ or not file.exists():
         return [False] * len(INSTRUCTIONS)
     lines = (line for line in file.read_text().splitlines() if line.startswith(("flags", "Features")))

@@ -63,6 +63,7 @@ class Traced:
         self.leaves, self.seed = leaves, 0
         self.adascale = rules.AdaScale() if rule == rules.ADASCALE else None
         model._symbolic_build(data_batch=data.packed(data.example))  # noqa: SLF001  (no public way builds metrics, too)
+        refused.refuse_frozen(model)
         refused.refuse_losses(model)
         refused.refuse_metrics(model, data)
         self._seeds = seeds_of(model)

@@ -94,10 +94,6 @@ def collecting(optimizer: Any) -> Iterator[list[tuple[list[Any], list[Any]]]]:
 
 def only(taken: list[tuple[list[Any], list[Any]]], model: Any) -> tuple[list[Any], list[Any]]:
     """Return the gradients and variables that were taken in, once, by a step that leaves the weights to the optimizer."""
-    if not taken and not model.trainable_variables:
-        raise ConfigError(
-            "the model has no weights to be trained: evaluate it, or make layers trainable and compile it again"
-        )
     if len(taken) != 1:
         raise ConfigError(
             f"train_step applied its compiled optimizer {len(taken)} times, and has to do so once: there is one sum over "

@@ -32,15 +32,15 @@ def _references(batch: dict[str, Array]) -> int:
     return max(sys.getrefcount(array) for array in batch.values())
 
 
+UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
+
+
 def _on_pages(array: Array) -> Array:
     """Return a copy of an array that begins with a page, so that TensorFlow can compute from it where it lies."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     copy: Array = np.ndarray(array.shape, array.dtype, mmap.mmap(-1, array.nbytes, private))
     copy[...] = array
     return copy
-
-
-UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
 
 
 class Samples(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from ..arrays import gpu
 from ..errors import ArrayError, ConfigError, Retired
-from ..model import Cursor, Generation, Member
+from ..model import Cursor, Generation, Member, whole
 from ..redistribute import DistributedArray
 from ..reduce import Sum
 from ..sampler import Order
@@ -218,10 +217,10 @@ class Job:
             something else or given with ``exact=False``.
         """
         leaves = self.session.config.microbatches
-        epochs = operator.index(epochs)  # not NumPy's, which the status and the events can't hold
+        epochs = whole("job.steps: epochs", epochs)
 
         def batch_of(ranks: int) -> int:
-            return operator.index(batch(ranks) if callable(batch) else batch)
+            return whole("job.steps: batch", batch(ranks) if callable(batch) else batch)
 
         per_epoch = count_steps(len(data), epochs, batch_of(1), self.session.config)
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
@@ -265,7 +264,7 @@ class Job:
 
     def loop(self, n: int) -> Iterator[int]:
         """Yield 0 … `n` - 1; each turn is a resize point. For jobs without a data set."""
-        n = operator.index(n)
+        n = whole("job.loop: n", n)
         if n < 0:
             raise ConfigError(f"job.loop({n}): the number of turns must not be negative")
         for loop in self._turns(n, 1, "turns", f"{n} turns"):

@@ -124,7 +124,7 @@ class Step:
     def begin(self) -> list[Microbatch]:
         """Begin with the step, or begin anew after a loss: return this rank's microbatches, to be taken in their order.
 
-        `begin`, `take` and `exchange` are for what does the sum itself, as `hpc_elastic.keras` does from inside a graph.
+        `begin`, `take` and `exchange` are for what has a loop of its own, as `hpc_elastic.keras` with its graphs.
         """
         self._added.clear()
         self._sum.drop()

@@ -253,6 +253,7 @@ def test_rehearsal_leaves_no_trace(tmp_path):
         until(lambda: log.read_text().count("a process waits") == 2)
         assert "not rehearsed" not in log.read_text()
         assert not list(tmp_path.glob("tmp-*/*.py"))  # AutoGraph's
+        assert not [path for path in (run.path / "warm").iterdir() if path.is_dir()]
         assert resized(run, 2) == ["warm"]
         socket.rename(tmp_path / "away.sock")
         assert resized(run, 3) == ["cold: it was not ready"]

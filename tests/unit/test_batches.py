@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from hpc_elastic.errors import ShardError, StepError
+from hpc_elastic.errors import ConfigError, ShardError, StepError
+from hpc_elastic.model import whole
 from hpc_elastic.runtime import batches
 from hpc_elastic.runtime.batches import Batches
 from hpc_elastic.runtime.step import Batch
@@ -277,3 +278,10 @@ def test_closing_does_not_wait_for_all_that_is_decoded_ahead(shards):
     threading.Timer(0.05, goes_on.set).start()
     made.close()
     assert decoded == [True]  # the one under way, and no other
+
+
+def test_whole_numbers():
+    assert type(whole("job.loop: n", np.int32(3))) is int
+    for odd in (2.5, "3", None):
+        with pytest.raises(ConfigError, match=f"job.loop: n must be an integer, not {odd!r}"):
+            whole("job.loop: n", odd)

@@ -132,6 +132,48 @@ def test_processors_that_differ_are_told_of_once(keras, monkeypatch, tmp_path):
     assert not said
     for each in (new, same, old, new):
         each.heed(3 * words[0] + 5 * words[2])
-    assert [text.partition(" is not")[0] for text in said] == ["the ranks' processors differ: fma, avx2, avx512f"]
+    assert [text.partition(".")[0] for text in said] == ["the ranks' processors differ: not all have fma, avx2, avx512f"]
     monkeypatch.setenv(settings.LARGEST_SET, "AVX")
     assert not any(instructions())
+
+
+def test_histories_come_back_as_they_were(keras, tmp_path):
+    from hpc_elastic.keras import histories
+    from hpc_elastic.rundir import RunDirectory
+
+    said: list[str] = []
+    leader = types.SimpleNamespace(reports=types.SimpleNamespace(say=said.append))
+    job = types.SimpleNamespace(
+        session=types.SimpleNamespace(run=RunDirectory.create(tmp_path / "run")),
+        here=types.SimpleNamespace(loop=2),
+        membership=types.SimpleNamespace(leader=leader),
+    )
+    left, found = keras.callbacks.History(), keras.callbacks.History()
+    several = np.array([[0.1, np.nan, 3.0]], np.float32)
+    left.history = {"loss": [0.5, float("nan")], "several": [several, np.empty((0, 3), np.int8)]}
+    histories.write(job, left)
+    histories.read(job, found)
+    np.testing.assert_equal(found.history, left.history)
+    for got, put in zip(found.history["several"], left.history["several"], strict=True):
+        assert (got.dtype, got.shape) == (put.dtype, put.shape)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    histories.write(job, left)
+    assert len(said) == 1
+    assert "No such file" in said[0]
+
+
+def test_a_plain_fit_after_an_elastic_one_has_its_callbacks(keras):
+    """The job still stands where its last loop has ended, in a later epoch."""
+    cursor = types.SimpleNamespace(epoch=3)
+    job = types.SimpleNamespace(leads=True, here=types.SimpleNamespace(cursor=cursor))
+    epochs: list[int] = []
+    once = he.keras.OnLeader(job, keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, _: epochs.append(epoch)))
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    model.fit(np.zeros((4, 5)), np.zeros((4, 2)), epochs=2, callbacks=[once], verbose=0)
+    assert epochs == [0, 1]
+
+
+def test_batches_are_whole_numbers():
+    with pytest.raises(he.ConfigError, match=r"he.keras.data: batch must be an integer, not 2.5"):
+        he.keras.data({"x": np.zeros((50, 5), np.float32)}, batch=2.5)

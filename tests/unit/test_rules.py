@@ -80,3 +80,11 @@ def test_a_single_microbatch_leaves_the_memory():
     memory = dict(ada.memory)
     assert ada.factor(*rules.moments(2.0, 2.0, 1, 1, 32), 4.0) == first
     assert ada.memory == memory | {"steps": 2 * first}
+
+
+def test_steps_that_are_left_out_are_not_counted():
+    ada = rules.AdaScale()
+    ada.factor(*rules.moments(np.inf, np.nan, 4, 8, 32), 4.0)
+    assert ada.memory["steps"] == 0
+    ada.factor(*rules.moments(2.0, 2.0, 1, 1, 32), 1.0)  # a single microbatch
+    assert ada.memory["steps"] == 1

@@ -398,3 +398,9 @@ def test_an_answer_takes_the_request_away(run):
     assert run.requests() == []
     assert run.answer_to(name) == Answer(accepted=True, text="stops at the next step")
     run.answer(name, Answer(accepted=False, text="too late"))  # asked for once, answered twice: no error
+
+
+def test_bytes_that_are_no_utf8_come_back(run):
+    put = Launch(script="\udce4.py", module=False, arguments=["\udcff"], settings={"a": 1}, directory="/\udc80", mpi="MPICH")
+    run.put_launch(put)
+    assert run.launch() == put
