@@ -53,8 +53,8 @@ def seed_words(seed: int, step: int, microbatch: int) -> tuple[int, int]:
 
 def watched(optimizer: Any) -> list[Any]:
     """Return the variables of an optimizer that callbacks may change: its rate, unless that is a schedule, and its steps."""
-    rate = optimizer.learning_rate
-    return [*([rate] if hasattr(rate, "assign") else []), optimizer.iterations]
+    # Where gradients are accumulated, `optimizer.iterations` is no variable, but what has been worked out from one.
+    return [variable for variable in optimizer.variables if variable.name in ("iteration", "learning_rate")]
 
 
 def read(variable: Any) -> tf.Tensor:

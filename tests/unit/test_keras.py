@@ -347,6 +347,19 @@ def test_metrics_with_several_numbers(keras, arrays):
     assert isinstance(logs["accuracy"], float)
 
 
+def test_steps_are_watched_where_gradients_are_accumulated(keras, arrays):
+    heard = []
+
+    def hear(values):
+        heard.append([value.item() for value in values])
+        return word(values)
+
+    step = traced(build(keras, keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)), arrays)
+    for _ in range(3):
+        step.run(Alone(arrays, LEAVES), hear)
+    assert heard == [[count, 0.5] for count in range(3) for _ in range(LEAVES)]
+
+
 def test_a_step_refuses_logs_without_a_fixed_shape(keras, arrays):
     import tensorflow as tf
 
