@@ -172,8 +172,3 @@ def test_a_plain_fit_after_an_elastic_one_has_its_callbacks(keras):
     model.compile("sgd", "mse")
     model.fit(np.zeros((4, 5)), np.zeros((4, 2)), epochs=2, callbacks=[once], verbose=0)
     assert epochs == [0, 1]
-
-
-def test_batches_are_whole_numbers():
-    with pytest.raises(he.ConfigError, match=r"he.keras.data: batch must be an integer, not 2.5"):
-        he.keras.data({"x": np.zeros((50, 5), np.float32)}, batch=2.5)

@@ -87,7 +87,7 @@ def test_what_data_can_not_tell(arrays):
         he.keras.data(arrays, inputs="x", targets="y")
     with pytest.raises(he.ConfigError, match="one length"):
         he.keras.data({"x": np.zeros(3), "label": np.zeros(4)})
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(he.ConfigError, match=r"data: batch must be an integer, not 16\.0"):
         he.keras.data(arrays, batch=16.0, inputs="x")
     assert type(he.keras.data(arrays, batch=np.int32(16), inputs="x").batch) is int
     with pytest.raises(he.ConfigError, match="some of each"):
