@@ -44,5 +44,7 @@ def _taken_apart(array: NDArray[Any]) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": array.shape, "bytes": array.tobytes().hex()}
 
 
-def _put_together(array: dict[str, Any]) -> NDArray[Any]:
-    return np.frombuffer(bytes.fromhex(array["bytes"]), np.dtype(array["dtype"])).reshape(array["shape"]).copy()
+def _put_together(found: dict[str, Any]) -> Any:
+    if found.keys() != {"dtype", "shape", "bytes"}:
+        return found
+    return np.frombuffer(bytes.fromhex(found["bytes"]), np.dtype(found["dtype"])).reshape(found["shape"]).copy()

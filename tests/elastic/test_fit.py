@@ -90,7 +90,6 @@ VARIANTS = {
     "average": ("cnn", "--validate", *optimizer(use_ema=True, ema_momentum=0.9)),
     "execution": ("cnn", "--execution", 4),
 }
-IN_SHORT = ("together",)
 
 
 def pytest_generate_tests(metafunc):
@@ -99,9 +98,10 @@ def pytest_generate_tests(metafunc):
         cases = [(kind, seed) for kind in KINDS for seed in SEEDS if every or (kind, seed) in SOME]
         metafunc.parametrize(("kind", "seed"), cases)
     if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", [name for name in VARIANTS if every or name in IN_SHORT])
+        metafunc.parametrize("variant", list(VARIANTS))
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_variants(variant, static, tmp_path):
     """Of `fit`, of optimizers and of precision: as on one static rank."""
     script = VARIANTS[variant]
@@ -124,6 +124,7 @@ def test_a_rank_is_killed(at, step, static, tmp_path, pytestconfig):
     assert not happened(tmp_path / "r", events.Restarted)
 
 
+@pytest.mark.usefixtures("all_faults")
 def test_a_restart_within_an_epoch(static, tmp_path):
     """The only rank is lost in the second epoch; the job goes on at the checkpoint of step 10 or later, with its history."""
     done = run(tmp_path, ("--set", "checkpoint_steps=4"), ("custom", *EVERYTHING, "--kill", 18))

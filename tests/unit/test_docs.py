@@ -26,6 +26,7 @@ from tests.launch import ROOT, Job, hpc_elastic, mpiexec, python, until
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "slurm" / "README.md"])
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
 RUNNABLE = ("README.md", "docs/tutorial.md", "docs/keras.md")
+LIMIT_S = 180  # for each command: several ranks import TensorFlow, beside other tests
 OF_KERAS = "docs/keras.md"  # needs TensorFlow, which is there with MPICH only
 PROGRAM = typer.main.get_command(cli.app)
 MARK = re.compile(r"<!--\s*(.*?)\s*-->")
@@ -338,7 +339,7 @@ def begin(block, folder):
     (command,) = block.commands
     parts, environ = words(command)
     status = folder / parts[parts.index("--run-dir") + 1] / "status.json"
-    job = Job(command_line(parts), folder=folder, environ=environ)
+    job = Job(command_line(parts), folder=folder, limit_s=LIMIT_S, environ=environ)
     until(lambda: status.exists() and b'"running"' in status.read_bytes())
     return job
 
@@ -349,7 +350,7 @@ def check(block, folder):
     digests = []
     for command in block.commands:
         parts, environ = words(command)
-        with Job(command_line(parts), folder=folder, environ=environ) as job:
+        with Job(command_line(parts), folder=folder, limit_s=LIMIT_S, environ=environ) as job:
             done = job.wait(clean=False)
         assert done.code == (int(wanted[1]) if wanted else 0), f"$ {command}\n{done.out}\n{done.err}"
         print(f"$ {command}\n{done.out}")

@@ -299,7 +299,7 @@ def test_those_that_die_as_they_wait_are_forked_less_and_less_often(monkeypatch)
     for _ in range(6):
         warm.WarmParent.put_off(parent)
         pauses.append(parent.next_ahead)
-    doubled = [warm.AHEAD_S * 2**n for n in range(6)]
+    doubled = [warm.PAUSE_S * 2**n for n in range(6)]
     assert pauses == [pause if pause <= warm.LONGEST_PAUSE_S else float("inf") for pause in doubled]
 
 
