@@ -9,7 +9,6 @@ RUN/                 mode 0700
     supervisor.lock  locked (flock) for as long as there is a supervisor
     attempts/N/      what earlier attempts left: their ranks/, newcomers/, condemned/, losses/, office.json, failure.json
     office.json      what the leader knows and its successor must, when the leader is lost
-    fit-N.json       the history of Keras's fit that was loop N
     ranks/ID.json    one record a process, written by itself
     ranks/ID.end.json  how its process ended, written by its guard
     ranks/ID.beat    touched by the process as a sign of life

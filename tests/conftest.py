@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,11 @@ def pytest_xdist_auto_num_workers(config):  # noqa: ARG001  (the hook's signatur
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the long ones: at the end, one would run alone."""
+    """Begin with the long ones: at the end, one would run alone. Leave out what needs TensorFlow where there is none."""
+    if importlib.util.find_spec("tensorflow") is None:
+        for item in items:
+            if item.get_closest_marker("tensorflow"):
+                item.add_marker(pytest.mark.skip(reason="needs TensorFlow, which make setup installs with MPICH only"))
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 

@@ -145,10 +145,9 @@ class Accord:
         membership, words = self._job.membership, [np.empty(0, np.int64)]
 
         def exchange() -> None:
+            # Before the others can go on: if this rank is lost, the next leader comes here, too.
             if ends and self._job.leads:
-                histories.write(
-                    self._job, self._history
-                )  # before the others can go on: if this rank is lost, the next leader comes here, too
+                histories.write(self._job, self._history)
             words[:] = self._job.collective.allgather(np.array([wish, digest], np.int64))
             if self._led.names():
                 self._tell()

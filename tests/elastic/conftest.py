@@ -19,4 +19,4 @@ def shards(tmp_path_factory):
 def all_faults(pytestconfig):
     """Leave the test out unless all are asked for: it takes long, and the default run has to be short."""
     if not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+        pytest.skip("takes long, one of --all-faults: `pytest --all-faults` runs it")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from hpc_elastic import events
@@ -11,12 +9,7 @@ from hpc_elastic import events
 from ..afterwards import happened, resizes
 from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec
 
-pytestmark = [
-    pytest.mark.tensorflow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-    ),
-]
+pytestmark = pytest.mark.tensorflow
 TWO = ("--slots", 2, "--timetable", "8:2", "--hold")  # the newcomer begins in the second epoch of six steps
 
 
@@ -26,10 +19,10 @@ def run(folder, what, *options, step=0):
 
 
 @pytest.mark.parametrize(("what", "steps"), [("epoch", 18), ("batch", 15), ("other", 24)])
-def test_the_leader_alone_stops(what, steps, tmp_path, pytestconfig):
+def test_the_leader_alone_stops(what, steps, tmp_path, request):
     """At the end of an epoch, and one step after its wish; the wish of another rank does not count."""
-    if what != "batch" and not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+    if what != "batch":
+        request.getfixturevalue("all_faults")
     done = run(tmp_path, what, *TWO, "--run-dir", "r")
     assert done.code == 0, done.err
     assert [done.value(f"rank{rank}") for rank in (0, 1)] == [f"epochs {(steps + 5) // 6} steps {steps}"] * 2

@@ -65,7 +65,6 @@ if __name__ == "__main__":
 @pytest.mark.usefixtures("all_faults")
 def test_fit(tmp_path):
     """Keras's metrics, and those of its validation, over a change of the leader."""
-    pytest.importorskip("keras")
     curves = []
     for name, options in (("static", ()), ("elastic", ("--timetable", "15:2,35:1-0", "--hold"))):
         (tmp_path / name).mkdir()

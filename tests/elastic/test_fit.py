@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 
 import pytest
@@ -15,12 +14,7 @@ from ..launch import SCRIPTS, Job, hpc_elastic
 from .test_same_bits import sizes
 from .test_same_bits import timetable as random_timetable
 
-pytestmark = [
-    pytest.mark.tensorflow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-    ),
-]
+pytestmark = pytest.mark.tensorflow
 KINDS = ("cnn", "lstm", "attention", "two_inputs", "custom")
 SEEDS = range(200, 205)
 SAMPLES, EPOCHS, STEPS = 500, 3, 30
@@ -114,10 +108,10 @@ def test_variants(variant, static, tmp_path):
 
 
 @pytest.mark.parametrize(("at", "step"), [(("--kill", 13), 13), (("--kill", 20, "--evaluating"), 19)])
-def test_a_rank_is_killed(at, step, static, tmp_path, pytestconfig):
+def test_a_rank_is_killed(at, step, static, tmp_path, request):
     """The others go on with the step in flight, or with the evaluation; the replacement comes in the midst of an epoch."""
-    if len(at) > 2 and not pytestconfig.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+    if len(at) > 2:
+        request.getfixturevalue("all_faults")
     done = run(tmp_path, ("--slots", 3, "--timetable", "2:3", "--hold"), ("custom", *EVERYTHING, *at))
     assert done.out == static("custom", *EVERYTHING)
     assert [lost.step for lost in happened(tmp_path / "r", events.Lost)] == [step]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from jobs.image.prepare import prepare
@@ -13,12 +11,7 @@ from ..launch import Job, hpc_elastic
 from .test_same_bits import check_ledger, seeds, sizes
 from .test_same_bits import timetable as random_timetable
 
-pytestmark = [
-    pytest.mark.tensorflow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-    ),
-]
+pytestmark = pytest.mark.tensorflow
 EPOCHS = 2  # 64 steps; the timetables' 48 lie within
 
 

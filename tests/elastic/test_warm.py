@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -19,9 +18,6 @@ from ..launch import SCRIPTS, Job, hpc_elastic, python, until
 
 EPOCHS, PAUSE_S = 400, 0.02
 HOST = os.uname().nodename
-HEAVY = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-)
 
 
 def script(shards):
@@ -218,7 +214,6 @@ def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
         until(lambda: not job.left())
 
 
-@HEAVY
 @pytest.mark.tensorflow
 @pytest.mark.usefixtures("all_faults")
 def test_tensorflow(tmp_path):
@@ -240,7 +235,6 @@ def test_tensorflow(tmp_path):
     assert [run.end_of(number).code for number in range(2)] == [0, 0]
 
 
-@HEAVY
 @pytest.mark.tensorflow
 @pytest.mark.usefixtures("all_faults")
 def test_rehearsal_leaves_no_trace(tmp_path):

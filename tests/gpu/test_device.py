@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 
@@ -106,7 +104,6 @@ def test_a_line_of_one_rank(cupy):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow (for GPUs)")
 def test_tensors_are_not_copied(cupy):
     import tensorflow as tf
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import types
 
 import numpy as np
@@ -11,12 +10,7 @@ import pytest
 
 import hpc_elastic as he
 
-pytestmark = [
-    pytest.mark.tensorflow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-    ),
-]
+pytestmark = pytest.mark.tensorflow
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import subprocess
 import sys
 
@@ -169,7 +168,6 @@ def test_where_memory_can_not_be_pinned_all_goes_on(monkeypatch):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only")
 def test_results_become_tensors_without_a_copy(cupy):
     from hpc_elastic import keras
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 import sys
 import types
@@ -12,12 +11,7 @@ import pytest
 
 import hpc_elastic as he
 
-pytestmark = [
-    pytest.mark.tensorflow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorflow") is None, reason="make setup installs TensorFlow with MPICH only"
-    ),
-]
+pytestmark = pytest.mark.tensorflow
 SAMPLES, LEAVES = 50, 4
 
 

@@ -43,7 +43,7 @@ def train(job: he.Job) -> None:
     """Say it, and wait for others to come."""
     Path(f"{job.member.id}.txt").write_text("\n".join(map(str, found)))
     for _ in job.loop(100_000):
-        time.sleep(0.005)
+        time.sleep(0.005)  # stands for a turn's computation, without which the loop would fill a core
 
 
 he.run(train)
