@@ -131,14 +131,21 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         if not processes.pid_of(self.folder, "slurmctld"):
-            words = (self.folder / "log" / "slurmctld.out").read_text().strip().splitlines()
-            raise ClusterError(f"slurmctld ended: {words[-1] if words else 'it did not say why'}")
+            raise ClusterError(f"slurmctld ended: {self._last_words('slurmctld')}")
         for name in self.shape.names:
             if not processes.pid_of(self.folder, name):
-                words = (self.folder / "log" / f"{name}.log").read_text().strip().splitlines()
-                raise ClusterError(f"slurmd of {name} ended: {words[-1] if words else 'it did not say why'}")
+                raise ClusterError(f"slurmd of {name} ended: {self._last_words(name)}")
         done = self.run(["sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D"], check=False)
         return sum(map(int, done.stdout.split())) == self.shape.nodes
+
+    def _last_words(self, name: str) -> str:
+        """Return the last lines a daemon wrote: in its log, or, if it ended before it had one, as its output."""
+        for kind in ("log", "out"):
+            with contextlib.suppress(FileNotFoundError):
+                lines = (self.folder / "log" / f"{name}.{kind}").read_text().strip().splitlines()
+                if lines:
+                    return "; ".join(lines[-3:])
+        return "it did not say why"
 
     def down(self) -> None:
         """End all jobs and daemons, and remove the folder."""

@@ -67,10 +67,20 @@ def test_two_side_by_side(isolate, tmp_path):
 
 
 def test_a_cluster_that_does_not_come_up_leaves_nothing(tmp_path):
-    with pytest.raises(ClusterError):
+    with pytest.raises(ClusterError, match=r"ended: .*NoSuchSetting"):
         Cluster(tmp_path / "c", Shape(2, extra=("NoSuchSetting=1",))).up()
     assert not (tmp_path / "c").exists()
     assert not processes.marked(f"{MARK}={tmp_path}/c")
+
+
+@pytest.mark.parametrize("kinds", [("out",), ("log", "out"), ()])
+def test_what_a_daemon_said_last(kinds, tmp_path):
+    """Also one that ended before it had a log."""
+    one = Cluster(tmp_path, Shape(2))
+    (tmp_path / "log").mkdir()
+    for kind in kinds:
+        (tmp_path / "log" / f"n1.{kind}").write_text(f"hello\nfatal in {kind}\n")
+    assert one._last_words("n1") == (f"hello; fatal in {kinds[0]}" if kinds else "it did not say why")
 
 
 def test_one_whose_daemons_were_killed(tmp_path):
