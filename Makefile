@@ -92,7 +92,7 @@ check: setup  ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --config setup.cfg
+	$(BIN)/lint-imports
 	$(BIN)/codespell
 
 clean:  ## remove environments, caches, runs and data

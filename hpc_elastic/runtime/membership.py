@@ -17,6 +17,7 @@ from ..redistribute import DistributedArray
 from ..state import Registry
 from .agreement import CHECKPOINT, COPY, END, NOTHING, RESIZE, STOP, UNKNOWN, Account, Verdict
 from .offices import first_office, make_leader, next_leader
+from .place import Place
 from .plan import Office, Plan
 from .recovery import Meeting, Toll, generation_after, names, needs_all, ranks_of, send_away, standing
 from .reports import Here
@@ -60,11 +61,7 @@ class Membership:
         self.entered = self.called = world is not None
         self.retired = False
         self._tethers: dict[int, World] = {}
-        self._point = -1
-        self._in_sum = self._ready = False
-        self._word = UNKNOWN
-        self._unwound = ""  # why this rank can't go on where it is
-        self._verdict: Verdict | None = None
+        self._place = Place()
         self._moving: Transition | None = None
         self._settled: World | None = None
         self._office: Office | None = None  # of a resize that is committed, until the next leader is in it
@@ -94,8 +91,7 @@ class Membership:
 
     def pass_point(self, here: Here, own: str = "") -> int:
         """Carry out what the leader decided, or its `own` word, and return it: `agreement.NOTHING` and so on. Collective."""
-        self._point, self._word = self._point + 1, UNKNOWN
-        self._in_sum = self._ready = False
+        self._place.at_point()
         while True:
             try:
                 return self._pass(here, own)
@@ -105,7 +101,7 @@ class Membership:
 
     def _pass(self, here: Here, own: str) -> int:
         faults.at("point")
-        word = self._foretold()
+        word = self._place.foretold()
         if word != UNKNOWN:
             return word
         world = self.joined()
@@ -113,22 +109,15 @@ class Membership:
         said = NOTHING
         if self.leader is not None:
             self.vigil.glance()
-            order = own or self.leader.turn(here, self._point, self.vigil.losses)
+            order = own or self.leader.turn(here, self._place.point, self.vigil.losses)
             said = NOTHING if order is None else WORDS[order] if isinstance(order, str) else RESIZE
-        self._word = world.word(said)
-        if self._word == RESIZE:
+        word = self._place.word = world.word(said)
+        if word == RESIZE:
             self._resize(world, order if isinstance(order, Plan) else None)
-        elif self._word != NOTHING:
-            self._ready = True
+        elif word != NOTHING:
+            self._place.ready = True
             world.barrier()  # whoever is past this place knows that all others have the word
-        return self._word
-
-    def _foretold(self) -> int:
-        """Return the word of this point if the survivors of a loss agreed that it has been given already."""
-        verdict = self._verdict
-        if verdict is None or self._point > verdict.point:
-            return UNKNOWN
-        return NOTHING if self._point < verdict.point else verdict.word
+        return word
 
     def _resize(self, world: World, own_plan: Plan | None) -> None:
         stages = Stages(self.session.clock)
@@ -178,24 +167,22 @@ class Membership:
 
         The barrier lets nobody have the sum before all have it: a rank can be lost before or after, not between.
         """
-        self._in_sum, self._ready = True, False
+        self._place.at_sum()
         try:
             faults.at("sum")
             exchange()
-            self._ready = True
+            self._place.ready = True
             self.joined().barrier()
         except Lost:
-            place = 2 * self._point + 1
             self._recover(here)
-            if self._verdict is not None and self._verdict.redo == place:
-                self._ready = False
+            if self._place.again():
+                self._place.at_sum()
                 return False
         return True
 
     def pass_by(self) -> None:
         """Pass a point at which nothing happens: a sum that belongs to no step comes next. On all ranks, like any point."""
-        self._point, self._word = self._point + 1, NOTHING
-        self._in_sum = self._ready = False
+        self._place.at_point(NOTHING)
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -210,25 +197,25 @@ class Membership:
 
     def _meet(self, here: Here) -> bool:
         """Agree with the other survivors, and come together; True if the resize under way was committed."""
-        clock, moving = self.session.clock, self._moving
+        clock, moving, place = self.session.clock, self._moving, self._place
         begun = clock()
         number, members = standing(self.world, moving)
         account = Account(
             member=self.member,
             generation=number,
             members=members,
-            place=2 * self._point + self._in_sum,
-            ready=moving.prepared if moving is not None else self._ready,
-            word=self._word,
+            place=place.number,
+            ready=moving.prepared if moving is not None else place.ready,
+            word=place.word,
             step=here.cursor.step,
             joining=moving.joining if moving is not None else (),
-            needs_all=needs_all(here) if self._word != END else "",
-            unwound=self._unwound,
+            needs_all=needs_all(here) if place.word != END else "",
+            unwound=place.unwound,
         )
         verdict = Meeting(self.session.run, self.vigil, self.session.config.deadline_s).agree(account, self.session.check)
         agreed = clock()
-        self._verdict, self._moving = verdict, None
-        self._word = verdict.word if self._point == verdict.point else NOTHING  # for the next account
+        self._moving = None
+        place.agreed(verdict)
         committed = moving if moving is not None and verdict.generation == number + 1 else None
         if committed is not None and committed.settled is None:
             self.retired, self.world, self.leader = True, None, None
@@ -265,15 +252,14 @@ class Membership:
         Rewound
             Always, if it does not fail.
         """
-        self._unwound = "the function given to he.run was left on a rank"
+        self._place.unwound = "the function given to he.run was left on a rank"
         self._recover(here)
         raise Rewound
 
     def begin_again(self) -> None:
         """Be as at the start, but in the generation at hand: the user's function is entered again."""
         self.registry, self.arrays = Registry(), []
-        self._point, self._in_sum, self._ready, self._unwound = -1, False, False, ""
-        self._word, self._verdict, self._moving = UNKNOWN, None, None
+        self._place, self._moving = Place(), None
         if not self.entered:
             self.entered = self.called = True
             self.session.record(self.member, "member")
@@ -352,7 +338,7 @@ class Membership:
 
     def _told(self, plan: Plan) -> None:
         """Know, in a newcomer, what the members know."""
-        self._point, self._word = plan.point, RESIZE
+        self._place.called_in(plan.point, RESIZE)
         self.vigil.losses = plan.losses
         self.vigil.watch(plan.members)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_elastic.model import Member
 from hpc_elastic.runtime.agreement import CHECKPOINT, END, NOTHING, RESIZE, UNKNOWN, Account, awaited, judge
+from hpc_elastic.runtime.place import Place
 
 POINTS, MOST_DEATHS, MOST_TURNS = 6, 3, 5000
 WORDS = (NOTHING, NOTHING, RESIZE, RESIZE, CHECKPOINT)
@@ -166,15 +167,15 @@ Turns = Generator[tuple[bool, Callable[[], bool]], None, object]
 
 
 class Rank:
-    """One rank: what `runtime.membership` does, as far as others can tell."""
+    """One rank: what `runtime.membership` does, as far as others can tell; its place is the real one."""
 
     def __init__(self, job: Simulation, number: int, world: Comm | None) -> None:
         self.job, self.number, self.world = job, number, world
         self.alive, self.over, self.fate = True, False, ""
-        self.point, self.in_sum, self.ready, self.word = -1, False, False, UNKNOWN
+        self.place = Place()
         self.losses = 0 if world else -1
         self.watched = set(world.members) if world else {job.leader}
-        self.verdict, self.moving, self.settled, self.fresh = None, None, None, None
+        self.moving, self.settled, self.fresh = None, None, None
         self.sums: list[int] = []
         self.turns = self.run()
 
@@ -200,7 +201,7 @@ class Rank:
     # --- points and sums
 
     def pass_point(self) -> Turns:
-        self.point, self.word, self.in_sum, self.ready = self.point + 1, UNKNOWN, False, False
+        self.place.at_point()
         while True:
             try:
                 return (yield from self.at_point())
@@ -209,37 +210,32 @@ class Rank:
                     return RESIZE
 
     def at_point(self) -> Turns:
-        word = self.foretold()
+        word = self.place.foretold()
         if word != UNKNOWN:
             return word
         leader = self.world.members[0]
-        order = self.job.order(self.world, self.point) if leader == self.number else None
-        yield from self.wait(self.world.call(self.number, (f"word {self.point}", order), root=leader))
-        self.word, plan = self.world.said(self.number, leader)
-        if self.word == RESIZE:
+        order = self.job.order(self.world, self.place.point) if leader == self.number else None
+        yield from self.wait(self.world.call(self.number, (f"word {self.place.point}", order), root=leader))
+        self.place.word, plan = self.world.said(self.number, leader)
+        if self.place.word == RESIZE:
             yield from self.resize(plan)
-        elif self.word != NOTHING:
-            self.ready = True
-            yield from self.wait(self.world.call(self.number, (f"heard {self.point}",)))
-        return self.word
-
-    def foretold(self) -> int:
-        if self.verdict is None or self.point > self.verdict.point:
-            return UNKNOWN
-        return NOTHING if self.point < self.verdict.point else self.verdict.word
+        elif self.place.word != NOTHING:
+            self.place.ready = True
+            yield from self.wait(self.world.call(self.number, (f"heard {self.place.point}",)))
+        return self.place.word
 
     def step(self) -> Turns:
         while True:
-            self.in_sum, self.ready = True, False
+            self.place.at_sum()
             try:
-                yield from self.wait(self.world.call(self.number, (f"sum {self.point}",)))
-                self.ready = True
-                yield from self.wait(self.world.call(self.number, (f"summed {self.point}",)))
+                yield from self.wait(self.world.call(self.number, (f"sum {self.place.point}",)))
+                self.place.ready = True
+                yield from self.wait(self.world.call(self.number, (f"summed {self.place.point}",)))
             except Lost:
                 yield from self.recover()
-                if self.verdict.redo == 2 * self.point + 1:
+                if self.place.again():
                     continue
-            self.sums.append(self.point)
+            self.sums.append(self.place.point)
             return
 
     # --- resizes
@@ -248,7 +244,7 @@ class Rank:
         moving = self.moving = Moving()
         leader = self.world.members[0]
         joining, leavers = newcomers
-        plan = (joining, leavers, self.point, self.losses)
+        plan = (joining, leavers, self.place.point, self.losses)
         yield from self.wait(self.world.call(self.number, ("plan", plan), root=leader))
         moving.plan = self.world.said(self.number, leader)
         self.watched |= set(joining)
@@ -301,7 +297,8 @@ class Rank:
         yield from self.wait(moving.merged.call(self.number, ("merge",)))
         yield from self.wait(lambda: self.number in told)
         moving.plan = told[self.number][0]
-        self.point, self.word, self.losses = moving.plan[2], RESIZE, moving.plan[3]
+        self.place.called_in(moving.plan[2], RESIZE)
+        self.losses = moving.plan[3]
         self.watched = set(moving.merged.members)
         try:
             yield from self.settle(moving)
@@ -325,9 +322,9 @@ class Rank:
             member=member(self.number),
             generation=number,
             members=members(*within),
-            place=2 * self.point + self.in_sum,
-            ready=moving.prepared if moving else self.ready,
-            word=self.word,
+            place=self.place.number,
+            ready=moving.prepared if moving else self.place.ready,
+            word=self.place.word,
             step=len(self.sums),
             joining=members(*moving.plan[0]) if moving and moving.plan else (),
         )
@@ -339,8 +336,8 @@ class Rank:
             meeting.verdict = judge([a for n, a in meeting.accounts.items() if n not in gone], gone)
         verdict = meeting.verdict
         self.losses += 1
-        self.verdict, self.moving = verdict, None
-        self.word = verdict.word if self.point == verdict.point else NOTHING
+        self.moving = None
+        self.place.agreed(verdict)
         committed = moving is not None and verdict.generation == number + 1
         if committed and moving.settled is None:
             self.world, self.watched = None, set()
@@ -436,7 +433,7 @@ class Simulation:
                 self.random.choice(living).alive = False
                 continue
             able = [rank for rank in living if rank.number not in waiting or self._can(rank, *waiting[rank.number])]
-            assert able, f"nobody can go on: {[(r.number, r.point, r.in_sum) for r in living]}"
+            assert able, f"nobody can go on: {[(r.number, r.place.number) for r in living]}"
             self._turn(self.random.choice(able), waiting)
         raise AssertionError("no end")
 
