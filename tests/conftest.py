@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,24 @@ def pytest_xdist_auto_num_workers(config):  # noqa: ARG001  (the hook's signatur
     return side_by_side()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Begin with the long ones: at the end, one would run alone. Leave out what needs TensorFlow where there is none."""
+    left_out = {}
     if importlib.util.find_spec("tensorflow") is None:
-        for item in items:
-            if item.get_closest_marker("tensorflow"):
-                item.add_marker(pytest.mark.skip(reason="needs TensorFlow, which make setup installs with MPICH only"))
+        left_out["tensorflow"] = "needs TensorFlow, which make setup installs with MPICH only"
+    if not config.getoption("all_faults"):
+        left_out["all_faults"] = "takes long: `pytest --all-faults` runs it"
+    for item in items:
+        for name, reason in left_out.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def pytest_configure(config):
+    # A shell's background job ignores interrupts, and nohup the end of the terminal; tests send both to their own process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.stash[SEGMENTS] = set(orphaned_shared_memory())
 
 

@@ -13,10 +13,3 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write(folder)
     return folder
-
-
-@pytest.fixture
-def all_faults(pytestconfig):
-    """Leave the test out unless all are asked for: it takes long, and the default run has to be short."""
-    if not pytestconfig.getoption("all_faults"):
-        pytest.skip("takes long, one of --all-faults: `pytest --all-faults` runs it")

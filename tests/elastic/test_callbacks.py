@@ -8,6 +8,7 @@ from hpc_elastic import events
 
 from ..afterwards import happened, resizes
 from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec
+from ..rarely import also
 
 pytestmark = pytest.mark.tensorflow
 TWO = ("--slots", 2, "--timetable", "8:2", "--hold")  # the newcomer begins in the second epoch of six steps
@@ -18,11 +19,9 @@ def run(folder, what, *options, step=0):
         return job.wait()
 
 
-@pytest.mark.parametrize(("what", "steps"), [("epoch", 18), ("batch", 15), ("other", 24)])
-def test_the_leader_alone_stops(what, steps, tmp_path, request):
+@pytest.mark.parametrize(("what", "steps"), [also("epoch", 18), ("batch", 15), also("other", 24)])
+def test_the_leader_alone_stops(what, steps, tmp_path):
     """At the end of an epoch, and one step after its wish; the wish of another rank does not count."""
-    if what != "batch":
-        request.getfixturevalue("all_faults")
     done = run(tmp_path, what, *TWO, "--run-dir", "r")
     assert done.code == 0, done.err
     assert [done.value(f"rank{rank}") for rank in (0, 1)] == [f"epochs {(steps + 5) // 6} steps {steps}"] * 2
@@ -33,7 +32,7 @@ def test_the_leader_alone_stops(what, steps, tmp_path, request):
 
 
 @pytest.mark.parametrize("what", ["rate", "weights"])
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_ranks_that_differ_raise(what, tmp_path):
     done = run(tmp_path, what, *TWO)
     assert done.code != 0
@@ -51,7 +50,7 @@ ASLEEP = {"3:1-0,15:1-0,20:2": 2, "3:1-1,20:2": 2, "3:1-1": 1}  # in the first a
 
 
 @pytest.mark.parametrize("table", ASLEEP)
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_ranks_that_sleep_meanwhile(table, tmp_path):
     """They come back epochs later, as the leader too, or never; what is said once is said once."""
     said, curves = [], []
@@ -74,7 +73,7 @@ def test_ranks_that_sleep_meanwhile(table, tmp_path):
     assert curves[0] == curves[1]
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_a_rank_that_sleeps_until_a_further_fit(tmp_path):
     """It has what was made meanwhile: of the fit that it left, too."""
     settings = {"HPC_ELASTIC_TIMETABLE": "3:1-0,8:2", "HPC_ELASTIC_POLICY": "timetable", "HPC_ELASTIC_HOLD": "true"}
@@ -85,7 +84,7 @@ def test_a_rank_that_sleeps_until_a_further_fit(tmp_path):
     assert done.value("fits") == run(tmp_path, "fits").value("fits")
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_a_newcomer_of_a_further_fit(tmp_path):
     """It has what the fit before it made, at once, and of its own; another model's fit leaves the next one alone."""
     done = run(tmp_path, "fits", *TWO, "--run-dir", "r")  # the first one has less steps than that
@@ -95,7 +94,7 @@ def test_a_newcomer_of_a_further_fit(tmp_path):
     assert done.value("fits") == run(tmp_path, "fits").value("fits")  # of one rank
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_a_restart_within_a_further_fit(tmp_path):
     """What the fit before it made is known at once, and in the end."""
     done = run(tmp_path, "fits", "--set", "checkpoint_steps=4", "--run-dir", "r", step=9)
@@ -104,7 +103,7 @@ def test_a_restart_within_a_further_fit(tmp_path):
     assert done.value("fits") == run(tmp_path, "fits").value("fits")
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_callbacks_of_the_leader_go_on_elsewhere(tmp_path):
     """Its file is gone on with, under one head line; the best of all epochs is known to who leads at the end."""
     done = run(tmp_path, "logger", "--slots", 3, "--timetable", "3:3,13:2-0", "--hold")

@@ -62,7 +62,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.tensorflow
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_fit(tmp_path):
     """Keras's metrics, and those of its validation, over a change of the leader."""
     curves = []

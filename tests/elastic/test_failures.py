@@ -9,11 +9,12 @@ from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import refusals
 from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, python, until
+from ..rarely import also
 
 SOON_S = 5.0
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 2, also(1)])
 def test_exception_on_one_rank(rank, shards, tmp_path):
     script = [SCRIPTS / "softmax.py", shards, 3, "--fail", f"{rank}:30", "--pause", 0.01]
     with Job(

@@ -11,6 +11,7 @@ from hpc_elastic import events
 
 from ..afterwards import check_ledger, happened, resizes
 from ..launch import SCRIPTS, Job, hpc_elastic
+from ..rarely import also
 from .test_same_bits import sizes
 from .test_same_bits import timetable as random_timetable
 
@@ -95,7 +96,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("variant", list(VARIANTS))
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_variants(variant, static, tmp_path):
     """Of `fit`, of optimizers and of precision: as on one static rank."""
     script = VARIANTS[variant]
@@ -107,18 +108,16 @@ def test_variants(variant, static, tmp_path):
         assert 0 < int(done.value("iterations").split()[0]) < 39 // 2
 
 
-@pytest.mark.parametrize(("at", "step"), [(("--kill", 13), 13), (("--kill", 20, "--evaluating"), 19)])
-def test_a_rank_is_killed(at, step, static, tmp_path, request):
+@pytest.mark.parametrize(("at", "step"), [(("--kill", 13), 13), also(("--kill", 20, "--evaluating"), 19)])
+def test_a_rank_is_killed(at, step, static, tmp_path):
     """The others go on with the step in flight, or with the evaluation; the replacement comes in the midst of an epoch."""
-    if len(at) > 2:
-        request.getfixturevalue("all_faults")
     done = run(tmp_path, ("--slots", 3, "--timetable", "2:3", "--hold"), ("custom", *EVERYTHING, *at))
     assert done.out == static("custom", *EVERYTHING)
     assert [lost.step for lost in happened(tmp_path / "r", events.Lost)] == [step]
     assert not happened(tmp_path / "r", events.Restarted)
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_a_restart_within_an_epoch(static, tmp_path):
     """The only rank is lost in the second epoch; the job goes on at the checkpoint of step 10 or later, with its history."""
     done = run(tmp_path, ("--set", "checkpoint_steps=4"), ("custom", *EVERYTHING, "--kill", 18))
@@ -127,7 +126,7 @@ def test_a_restart_within_an_epoch(static, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["adascale", "linear", "sqrt"])
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_a_batch_for_each_rank(rule, tmp_path):
     """Fewer steps with more ranks, each sample once, and a newcomer begins within an epoch; once more, the same bits."""
     script, again = ("cnn", "--validate", "--batch", 25, "--rule", rule), tmp_path / "again"
@@ -141,7 +140,7 @@ def test_a_batch_for_each_rank(rule, tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_adascale_remembers(tmp_path):
     """A restart from a checkpoint has the moments of all steps before, and AdaScale's own count of them."""
     options, script = (*from_the_start(2), "--set", "checkpoint_steps=4"), ("cnn", "--rule", "adascale")
@@ -156,14 +155,14 @@ def test_adascale_remembers(tmp_path):
 
 
 @pytest.mark.parametrize(("rule", "ranks", "factor"), [("linear", 2, 2), ("sqrt", 4, 2), ("adascale", 1, 1)])
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_what_rules_multiply(rule, ranks, factor, static, tmp_path):
     """The batch by the ranks, and the learning rate: the same bits as with both larger from the start."""
     done = run(tmp_path, from_the_start(ranks), ("cnn", "--batch", 25, "--rate", 0.01, "--rule", rule))
     assert done.value("sha256") in static("cnn", "--batch", 25 * ranks, "--rate", 0.01 * factor)
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_one_bar(tmp_path):
     """The leader alone draws Keras's bar, and logs, also when another one leads."""
     done = run(tmp_path, ("--slots", 3, "--timetable", "2:3,12:2-0", "--hold"), ("custom", "--verbose", 2, "--log"))

@@ -8,6 +8,7 @@ from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import refusals, resizes
 from ..launch import Job, hpc_elastic, mpiexec, until
+from ..rarely import also
 
 TWO = """
 import time
@@ -29,8 +30,15 @@ he.run(train)
 """
 
 
-@pytest.mark.parametrize("hold", [True, False])
-@pytest.mark.parametrize(("first", "second", "table"), [(20, 300, "19:2,200:1-0"), (200, 400, "199:2,350:1-0")])
+@pytest.mark.parametrize(
+    ("first", "second", "table", "hold"),
+    [
+        (20, 300, "19:2,200:1-0", True),
+        (200, 400, "199:2,350:1-0", False),
+        also(20, 300, "19:2,200:1-0", False),
+        also(200, 400, "199:2,350:1-0", True),
+    ],
+)
 def test_grow_in_the_second_loop(first, second, table, hold, tmp_path):
     file = tmp_path / "two.py"
     file.write_text(TWO.format(first=first, second=second))

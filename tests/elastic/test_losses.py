@@ -16,6 +16,7 @@ from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import check_ledger, happened, refusals, resizes
 from ..launch import SCRIPTS, Job, hpc_elastic, until
+from ..rarely import also
 from ..shards import SAMPLES
 
 EPOCHS, PAUSE_S = 10, 0.04  # long enough for newcomers to come while others use the machine
@@ -73,7 +74,7 @@ def pids(run, ranks):
 # --- ranks that die -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize("ranks", [(0,), (2,), (0, 1), also((1,)), also((1, 2))])
 def test_ranks_killed(ranks, start, check, tmp_path):
     """The others go on at once, and replacements come; the job waits for these, however busy the machine is."""
     # On a busy machine newcomers are in MPI_Init for seconds, without a sign of life, and must not be ended for that.
@@ -136,12 +137,12 @@ if "hpc_elastic.worker" in pathlib.Path("/proc/self/cmdline").read_text():
     ("deed", "fault", "reason"),
     [
         ("os._exit(3)", "", "newcomer 1 ended with exit code 3 before it had joined"),
-        ("os.kill(os.getpid(), 9)", "", "newcomer 1 was killed by signal 9 before it had joined"),
+        also("os.kill(os.getpid(), 9)", "", "newcomer 1 was killed by signal 9 before it had joined"),
         # Longer than the deadline that the job gives newcomers, and than the test may last.
         ("time.sleep(60)", "", "the newcomers were not there after 3 s"),
         ("pass", "warm:stop:role=newcomer", "newcomer 1 gave no sign of life for too long"),
         ("pass", "init:kill:role=newcomer", "newcomer 1 was killed by signal 9 before it had joined"),
-        ("pass", "gather:kill:role=newcomer", "newcomer 1 was killed by signal 9 before it had joined"),
+        also("pass", "gather:kill:role=newcomer", "newcomer 1 was killed by signal 9 before it had joined"),
     ],
 )
 def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path):
@@ -174,7 +175,7 @@ if "hpc_elastic.worker" in open("/proc/self/cmdline").read() and not os.path.exi
 """
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.06])
+@pytest.mark.parametrize("after_s", [0.01, 0.06, also(0.0), also(0.03)])
 def test_newcomer_that_dies_in_init(after_s, start, check, tmp_path):
     """The leader's call comes to an end all the same; or MPICH crashes in it, and then there is no other rank to go on."""
     script = tmp_path / "script.py"
@@ -247,7 +248,7 @@ def killed(job, run):
     until(lambda: not job.left())
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [3, also(1)])
 def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
     with start(ranks=2) as job:
         run = under_way(tmp_path / "r", 2)

@@ -8,6 +8,7 @@ from hpc_elastic import events
 
 from ..afterwards import happened, resizes
 from ..launch import Job, hpc_elastic
+from ..rarely import also
 
 SCRIPT = """
 import os, signal, sys, time
@@ -39,9 +40,16 @@ he.run(train)
 
 
 @pytest.mark.parametrize(
-    ("length", "where"), [(10, "near"), (100_000, "near"), (1_000_000, "apart")], ids=["small", "large", "by messages"]
+    ("length", "where", "dies"),
+    [
+        pytest.param(10, "near", False, id="small"),
+        pytest.param(100_000, "near", True, id="large, one dies"),
+        pytest.param(1_000_000, "apart", False, id="by messages"),
+        pytest.param(1_000_000, "apart", True, id="by messages, one dies"),
+        also(10, "near", True, id="small, one dies"),
+        also(100_000, "near", False, id="large"),
+    ],
 )
-@pytest.mark.parametrize("dies", [False, True], ids=["all live", "one dies"])
 def test_own_arrays(length, where, dies, tmp_path):
     (tmp_path / "own.py").write_text(SCRIPT)
     mark = tmp_path / "mark"

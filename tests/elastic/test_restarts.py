@@ -20,6 +20,7 @@ from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import happened
 from ..launch import Job, hpc_elastic, until
+from ..rarely import also
 
 TURNS, EVERY = 400, 20  # long enough for newcomers to come while others use the machine
 SCRIPT = """
@@ -87,7 +88,7 @@ def test_all_ranks_at_once(number, options, start, tmp_path):
     assert run.status().state == "ended"
 
 
-@pytest.mark.parametrize("killed", ["proxy", "launcher", "both"])
+@pytest.mark.parametrize("killed", ["proxy", "launcher", also("both")])
 def test_launcher_in_pieces(killed, start, tmp_path):
     """A launcher without the process that it works through would stay for ever; one that is killed leaves a file."""
     proxy = find_mpiexec()[1].proxy

@@ -15,6 +15,7 @@ from jobs.image.prepare import prepare
 
 from ..afterwards import happened
 from ..launch import SCRIPTS, Job, hpc_elastic, python, until
+from ..rarely import also
 
 EPOCHS, PAUSE_S = 400, 0.02
 HOST = os.uname().nodename
@@ -92,7 +93,7 @@ def test_same_bits(shards, start, tmp_path):
     assert all(end.peak_bytes > 0 for end in ends)
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_parent_that_is_killed(start, tmp_path):
     """Its newcomers go on; the next one starts by itself, and later ones are forked again."""
     with start() as job:
@@ -109,7 +110,7 @@ def test_parent_that_is_killed(start, tmp_path):
     assert "it is not known how it ended" in end.last_words
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_parent_that_stalls(start, tmp_path):
     with start() as job:
         run = under_way(tmp_path / "r")
@@ -140,7 +141,7 @@ def library(shards, tmp_path):
     return write
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_code_that_has_changed(library, start, tmp_path):
     """The parent has what was there before: it goes, and another one is started, though the first one's child lives on."""
     with start(*library("VALUE = 1\n")) as job:
@@ -156,7 +157,7 @@ def test_code_that_has_changed(library, start, tmp_path):
     assert all(run.end_of(number).code == 0 for number in range(4))
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_parent_that_can_not_serve(library, start, tmp_path):
     """It is not started again and again, and newcomers say why they came cold."""
     content = "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
@@ -167,8 +168,8 @@ def test_parent_that_can_not_serve(library, start, tmp_path):
         stopped(job, run)
 
 
-@pytest.mark.usefixtures("all_faults")
-@pytest.mark.parametrize("what", ["raise ValueError", "os.kill(os.getpid(), 9)", "time.sleep(5)"])
+@pytest.mark.all_faults
+@pytest.mark.parametrize("what", ["raise ValueError", "os.kill(os.getpid(), 9)", also("time.sleep(5)")])
 def test_rehearsal_that_fails(what, library, start, tmp_path):
     """Newcomers are forked all the same."""
     program = library(f"import os, time\ndef rehearse(number):\n    {what}\n")
@@ -183,7 +184,7 @@ def test_rehearsal_that_fails(what, library, start, tmp_path):
     assert said == (what == "raise ValueError")
 
 
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_newcomer_that_dies(start, tmp_path):
     """As it warms up: its guard says how, which only its parent knows."""
     with start(environ={"HPC_ELASTIC_FAULT": "warm:kill:member=1"}) as job:
@@ -196,11 +197,9 @@ def test_newcomer_that_dies(start, tmp_path):
         stopped(job, run)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
+@pytest.mark.parametrize("alone", [False, also(True)])
+def test_nothing_left_when_killed(alone, start, tmp_path):
     """The only rank, without a supervisor; the supervisor and all ranks. The parent sees that nobody is there."""
-    if alone and not pytestconfig.getoption("all_faults"):
-        pytest.skip("with --all-faults")
     environ = {"HPC_ELASTIC_WARM": "on", "HPC_ELASTIC_SLOTS": "2", "HPC_ELASTIC_RUN_DIR": "r"}
     with start(program=python(), environ=environ) if alone else start() as job:
         run = under_way(tmp_path / "r")
@@ -215,7 +214,7 @@ def test_nothing_left_when_killed(alone, start, tmp_path, pytestconfig):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_tensorflow(tmp_path):
     """The same bits; and a newcomer has little memory of its own."""
     prepare("digits", "upright", tmp_path / "digits-upright")
@@ -236,7 +235,7 @@ def test_tensorflow(tmp_path):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.usefixtures("all_faults")
+@pytest.mark.all_faults
 def test_rehearsal_leaves_no_trace(tmp_path):
     """A newcomer that has rehearsed finds names, random numbers and settings as one that was started cold."""
     command = hpc_elastic("run", "--run-dir", "r", "--slots", 3, "--set", "warm=on", SCRIPTS / "traces.py")

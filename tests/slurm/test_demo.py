@@ -10,9 +10,8 @@ import pytest
 from ..launch import ROOT
 
 
-def test_demo(request):
-    if not request.config.getoption("all_faults"):
-        pytest.skip("one of --all-faults: it takes a minute and a half")
+@pytest.mark.all_faults
+def test_demo():
     command = [sys.executable, "-m", "slurm.demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,11 +22,10 @@ def static(cluster, tmp_path_factory):
     return computed(cluster, tmp_path_factory.mktemp("static"), EPOCHS)
 
 
+@pytest.mark.all_faults
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("victim", ["supervisor", "rank 0", "batch script"])
-def test_a_kill_at_any_moment(victim, seed, cluster, static, tmp_path, request):
-    if not request.config.getoption("all_faults"):
-        pytest.skip("one of --all-faults")
+def test_a_kill_at_any_moment(victim, seed, cluster, static, tmp_path):
     moment_s = random.Random(seed).uniform(0, MOMENTS_S)
     print(f"seed {seed}: {victim} is killed after {moment_s:.2f} s")
     job = Elastic(cluster, tmp_path)
