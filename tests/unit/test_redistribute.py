@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import msgspec
 import numpy as np
 import pytest
@@ -14,38 +12,17 @@ from hpc_elastic.errors import ArrayError
 from hpc_elastic.partition import Layout
 from hpc_elastic.redistribute import DistributedArray, Form, halo_moves
 
-LIMIT_S = 20
+from .in_threads import Threads
+
 quick = settings(deadline=None, max_examples=40)
 
 
-class FakeWorld:
+class FakeWorld(Threads):
     """Ranks in threads, which meet at a barrier to swap their messages. Stands in for `comm.world.World`."""
 
     def __init__(self, size):
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=LIMIT_S)
+        super().__init__(size, FakeRanks)
         self.mail = [None] * size
-
-    def run(self, body):
-        """Return what ``body(ranks)`` returns on every rank; raise what one of them raises."""
-        results, errors = [None] * self.size, []
-
-        def one(rank):
-            try:
-                results[rank] = body(FakeRanks(self, rank))
-            except BaseException as error:  # noqa: BLE001  a test's thread hands all errors on
-                errors.append(error)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        if errors:
-            raise errors[0]
-        return results
 
 
 class FakeRanks:

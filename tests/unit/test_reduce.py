@@ -20,43 +20,22 @@ from hpc_elastic.comm.waiting import Lost, Watch
 from hpc_elastic.errors import StepError
 from hpc_elastic.model import Member
 
-LIMIT_S = 20
+from .in_threads import LIMIT_S, Threads
+
 TAGS = FILL_TAG, PART_TAG
 
 
-class FakeWorld:
+class FakeWorld(Threads):
     """The ranks of one process: `FakeRanks` in threads that meet at a barrier. Stands in for `comm.world.World`.
 
     Their boards and segments are real ones, as of so many `hosts`: rank r is on host r modulo `hosts`.
     """
 
     def __init__(self, size, hosts=1):
-        self.size = size
+        super().__init__(size, FakeRanks)
         self.hosts = hosts
-        self.barrier = threading.Barrier(size, timeout=LIMIT_S)
         self.board = [None] * size
         self.mail = {(a, b, tag): queue.SimpleQueue() for a in range(size) for b in range(size) for tag in TAGS}
-
-    def run(self, body):
-        """Return what ``body(ranks)`` returns on every rank; raise what one of them raises."""
-        results, errors = [None] * self.size, []
-
-        def one(rank):
-            try:
-                results[rank] = body(FakeRanks(self, rank))
-            except BaseException as error:  # noqa: BLE001  a test's thread hands all errors on
-                errors.append(error)
-                self.barrier.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        if errors:
-            raise errors[0]
-        return results
 
 
 class FakeRanks:
