@@ -8,7 +8,7 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from . import leftovers
+from . import leftovers, scripts
 from .attempt import beats
 from .comm.vendor import Vendor, find_mpiexec
 from .config import Config, build, merge
@@ -32,8 +32,7 @@ class Prepared(NamedTuple):
 def new(script: str, arguments: list[str], given: dict[str, Any], *, module: bool) -> Prepared:
     """Make the run directory for a new run of `script`; see `Supervisor.start`."""
     config = build(given)
-    if not module and not Path(script).is_file():
-        raise LaunchError(f"script {script} does not exist")
+    scripts.check(script, Path.cwd(), module=module)
     mpiexec, vendor = find_mpiexec()
     launch = Launch(
         script=script,
@@ -62,8 +61,7 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     launch = msgspec.structs.replace(launch, settings=_plain(build(settings), settings), mpi=vendor.title)
     if not Path(launch.directory).is_dir():
         raise LaunchError(f"the run's working directory {launch.directory} does not exist any more")
-    if not launch.module and not (Path(launch.directory) / launch.script).is_file():
-        raise LaunchError(f"script {launch.script} does not exist any more in {launch.directory}")
+    scripts.check(launch.script, Path(launch.directory), module=launch.module)
     lock = run.lock()
     try:
         _take_over(run)

@@ -358,6 +358,13 @@ class RunDirectory:
         """Return why the job failed, or None."""
         return self.get(self._failure, Failure)
 
+    def failed_at(self) -> float:
+        """Return when the job failed, in seconds since the epoch; 0 if it has not."""
+        try:
+            return self._failure.stat().st_mtime
+        except OSError:
+            return 0.0
+
     # --- requests --------------------------------------------------------------------------------------------------
 
     def ask(self, request: Request) -> str:
