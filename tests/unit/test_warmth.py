@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hpc_elastic import guard, newborn, warm, warmth
+from hpc_elastic import adoption, newborn, warm, warmth
 
 PACKAGE = str(warmth.PACKAGE)
 
@@ -69,7 +69,7 @@ def test_request_is_read_as_it_was_written(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {"A": "1=2", "EMPTY": "", "LINES": "a\nb", "ODD": os.fsdecode(b"\xff")})
     before = os.umask(0o27)
     try:
-        data = guard.request([sys.executable, "-m", "hpc_elastic.worker", "/a run", "7"])
+        data = adoption.request([sys.executable, "-m", "hpc_elastic.worker", "/a run", "7"])
     finally:
         os.umask(before)
     assert warmth.unpacked(data) == warmth.Asked(
@@ -235,7 +235,7 @@ def ask(tmp_path, monkeypatch):
             line.connect(f"/proc/self/fd/{folder}/{HOST}.sock")
             os.close(folder)
             command = [sys.executable, "-m", "hpc_elastic.worker", str(tmp_path), "1"]
-            socket.send_fds(line, [guard.request(command)], [1, 2])
+            socket.send_fds(line, [adoption.request(command)], [1, 2])
             answer, descriptors, _, _ = socket.recv_fds(line, 4096, 1)
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -309,4 +309,4 @@ def test_parent_with_threads_says_why_it_does_not_serve(parents, tmp_path):
     parent = parents("warm.SETTLE_S = 0.1", {"goes_on": str(file)})
     assert parent.wait(20) == 1
     why = "what it imports goes on in 1 threads, which a fork does not take along"
-    assert guard.unready(str(tmp_path / "warm" / HOST)) == why
+    assert adoption.unready(str(tmp_path / "warm" / HOST)) == why
