@@ -51,12 +51,14 @@ def adopt(run: str, command: list[str], given: list[int]) -> tuple[int, int, _so
             parent.connect(f"/proc/self/fd/{folder}/{host}.sock")
         finally:
             os.close(folder)
-        rights = b"".join(number.to_bytes(4, sys.byteorder) for number in (1, *given))
-        parent.sendmsg([request(command)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        parent.send(request(command))
         answer, ancillary, _, _ = parent.recvmsg(ANSWER, 64)  # it serves its own user alone
         if answer[:1] == b"f" and ancillary:
             (rank,) = numbers(ancillary[0][2])
-            parent.send(b"g")  # without it the newcomer ends, since somebody else may have been started for it
+            # Without these the newcomer ends, since somebody else may have been started for it. They go to it alone: the
+            # launcher waits until nobody has its own any more, and a parent that is stopped would not let go of them.
+            rights = b"".join(number.to_bytes(4, sys.byteorder) for number in (1, *given))
+            parent.sendmsg([b"g"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
             parent.settimeout(ANSWER_S)
             return int(answer[1:]), rank, parent
         why = answer[1:].decode(errors="replace") or "it has ended"

@@ -34,8 +34,8 @@ else:  # run by path: so is what lies beside this file loaded, faster than by im
     from _frozen_importlib_external import SourceFileLoader
 
     adoption = type(sys)("adoption")
-    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "adoption.py")
-    SourceFileLoader("adoption", file).exec_module(adoption)
+    adoption.__file__ = os.path.join(os.path.dirname(os.path.abspath(__file__)), "adoption.py")
+    SourceFileLoader("adoption", adoption.__file__).exec_module(adoption)
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
