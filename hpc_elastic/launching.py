@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -46,7 +48,15 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
         run = RunDirectory.create(Path(config.run_dir))
     else:
         run = RunDirectory.create_below(Path("runs"), script.rsplit(".", 1)[-1] if module else Path(script).stem)
-    return _written(Prepared(run, launch, run.lock(), mpiexec, vendor))
+    with _writing(run):
+        lock = run.lock()
+    try:
+        with _writing(run):
+            return _written(Prepared(run, launch, lock, mpiexec, vendor))
+    except RunDirectoryError:
+        lock.close()
+        run.remove_unused()
+        raise
 
 
 def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
@@ -64,8 +74,9 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     scripts.check(launch.script, Path(launch.directory), module=launch.module)
     lock = run.lock()
     try:
-        _take_over(run)
-        return _written(Prepared(run, launch, lock, mpiexec, vendor))
+        with _writing(run):
+            _take_over(run)
+            return _written(Prepared(run, launch, lock, mpiexec, vendor))
     except BaseException:
         lock.close()
         raise
@@ -73,6 +84,15 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
 
 def _plain(config: Config, given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in msgspec.to_builtins(config).items() if key in given}
+
+
+@contextlib.contextmanager
+def _writing(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"run directory {run.path} can't be written: {error.strerror}; make room, or see to its permissions"
+        raise RunDirectoryError(text) from error
 
 
 def _written(prepared: Prepared) -> Prepared:

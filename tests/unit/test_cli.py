@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -278,6 +279,16 @@ def test_used_run_directory(script):
 def test_run_directory_that_cannot_be_made(place, script):
     Path("file").touch()
     assert "can't be made" in fails("run", "--run-dir", place, script, code=2)
+
+
+def test_run_directory_on_a_full_disk(script, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunDirectory, "put_launch", full)
+    message = fails("run", "--run-dir", "r", script, code=2)
+    assert message.endswith("r can't be written: No space left on device; make room, or see to its permissions")
+    assert not Path("r").exists()
 
 
 def test_settings_reach_the_supervisor(monkeypatch):
