@@ -31,6 +31,7 @@ from .control import (
     remarks,
     resized,
     silence,
+    standing,
     status_of,
 )
 from .errors import ConfigError, RunDirectoryError
@@ -52,10 +53,10 @@ app = typer.Typer(
 
 Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for the answer, and for the end.")]
 
-Minimum = Annotated[int | None, typer.Option("--min", help="Fewest ranks.")]
-Maximum = Annotated[int | None, typer.Option("--max", help="Most ranks; by default as many as slots.")]
-Ranks = Annotated[int | None, typer.Option("-n", "--ranks", help="Ranks to have from the start on.")]
-Slots = Annotated[int | None, typer.Option(help="Slots of this machine; by default its cores.")]
+Minimum = Annotated[int | None, typer.Option("--min", min=1, help="Fewest ranks.")]
+Maximum = Annotated[int | None, typer.Option("--max", min=1, help="Most ranks; by default as many as slots.")]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks to have from the start on.")]
+Slots = Annotated[int | None, typer.Option(min=1, help="Slots of this machine; by default its cores.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")]
 
 
@@ -83,8 +84,8 @@ def run(
     slots: Slots = None,
     policy: Annotated[str | None, typer.Option(help="manual, fixed, timetable, considerate, greedy.")] = None,
     timetable: Annotated[str | None, typer.Option(help="Sizes by step, see the last example.")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Microbatches a step: fixes the bits.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the samples' order.")] = None,
+    microbatches: Annotated[int | None, typer.Option(min=1, help="Microbatches a step: fixes the bits.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the samples' order.")] = None,
     hold: Annotated[bool | None, typer.Option("--hold", help="Stand still until newcomers are there: tests.")] = None,
     run_dir: Annotated[str | None, typer.Option(help="Run directory; by default a new one below runs/.")] = None,
     progress: Annotated[str | None, typer.Option(help="auto, plain or off.")] = None,
@@ -195,7 +196,7 @@ def status(run: Run, as_json: Json = False) -> None:
         if as_json:
             typer.echo(msgspec.json.encode({**msgspec.structs.asdict(found), **before}).decode())
             return
-        typer.echo(f"{found.state}: {describe(found)}{silence(found)}")
+        typer.echo(f"{standing(found)}: {describe(found)}{silence(found)}")
         for rank, member in enumerate(found.members):
             typer.echo(f"  rank {rank}: process {member.id}, pid {member.pid} on {member.host}, slot {member.slot}")
         for line in [*remarks(before), *([failure.error] if failure else [])]:
@@ -205,7 +206,7 @@ def status(run: Run, as_json: Json = False) -> None:
 @app.command()
 def resize(
     run: Run,
-    ranks: Annotated[int, typer.Argument(metavar="RANKS", help="Number of ranks to have.")],
+    ranks: Annotated[int, typer.Argument(metavar="RANKS", min=1, help="Number of ranks to have.")],
     timeout_s: Timeout = 30.0,
     wait: Annotated[bool, typer.Option("--wait", help="Return once the job has that many ranks.")] = False,
     as_json: Json = False,
@@ -286,7 +287,7 @@ def pack(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards.")],
     labels: Annotated[Path | None, typer.Option(help="Labels: an idx or npy file, or text, one number a line.")] = None,
-    shards: Annotated[int, typer.Option(help="Number of shards.")] = 1,
+    shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 1,
     size: Annotated[str | None, typer.Option(help="Scale images to HEIGHTxWIDTH.")] = None,
     gray: Annotated[bool, typer.Option("--gray", help="Make images gray.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")] = False,

@@ -60,18 +60,29 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def status_of(run: RunDirectory) -> Status:
-    """Return the status of `run`. A job killed from outside could not say so itself, but others have."""
+    """Return the status of `run`. A job killed from outside could not say so itself, but others have.
+
+    A job that is over has no members, and the time is that of its end.
+    """
     found, failure = run.status(), run.failure()
     if found is None:
         why = failure.error if failure else "the job has not reached its first step"
         raise RunDirectoryError(f"{run.path} has no status yet: {why}")
-    return msgspec.structs.replace(found, state="failed") if failure else found
+    if failure is not None:
+        found = msgspec.structs.replace(found, state="failed", time=run.failed_at())
+    return found if found.state in LIVE else msgspec.structs.replace(found, members=(), under_way="")
 
 
 def silence(status: Status) -> str:
     """Return a remark on a job that should say something and does not."""
     age = time.time() - status.time
     return f"; the last sign of life is {age:.0f} s old" if status.state in LIVE and age > STALE_S else ""
+
+
+def standing(status: Status) -> str:
+    """Return the state of a job, and if it is over since when, by this host's clock."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
+    return status.state if status.state in LIVE else f"{status.state} at {when}"
 
 
 def past(run: RunDirectory) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Written by the leader alone, and between two attempts, when there is none, by th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Mapping  # msgspec needs it
@@ -240,10 +241,14 @@ class EventLog:
         self._path = path
 
     def write(self, event: Event) -> None:
-        """Append `event`."""
+        """Append `event`, all of it or nothing."""
+        line = _encoder.encode(event) + b"\n"
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, _encoder.encode(event) + b"\n")
+            written = os.write(descriptor, line)
+            if written < len(line):
+                os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR) - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         finally:
             os.close(descriptor)
 

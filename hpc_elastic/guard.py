@@ -16,7 +16,7 @@ is there, and a newcomer when the leader that started it is gone and it does not
 The leader is the guard's parent, or on another host, where its number is in the environment.
 
 If this host has a warm parent (`hpc_elastic.warm`), a newcomer's guard asks that to fork the newcomer, instead of starting
-it itself. Only the parent gets to know how it has ended, so it is asked for that as well.
+it itself (`adoption.py`). Only the parent gets to know how it has ended, so it is asked for that as well.
 """
 
 from __future__ import annotations
@@ -28,40 +28,24 @@ import signal
 import sys
 import time
 
+if __package__:
+    from . import adoption
+else:  # run by path: so is what lies beside this file loaded, faster than by importlib
+    from _frozen_importlib_external import SourceFileLoader
+
+    adoption = type(sys)("adoption")
+    adoption.__file__ = os.path.join(os.path.dirname(os.path.abspath(__file__)), "adoption.py")
+    SourceFileLoader("adoption", adoption.__file__).exec_module(adoption)
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
 START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
-ASK_S = 1.0  # how long the warm parent may take
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
 PIPE, LAST_WORDS = 1 << 16, 4096  # bytes that a pipe holds, and of stderr that are kept
 UNKNOWN = 1 << 8  # the status of exit code 1
 LEAVE, STAND_IN = b"\0", b"\1"  # what handover.py is told, before the exit code
-
-
-def numbers(data: bytes) -> list[int]:
-    """Return the integers in what the kernel says of a socket."""
-    return [int.from_bytes(data[at : at + 4], sys.byteorder) for at in range(0, len(data), 4)]
-
-
-def request(command: list[str]) -> bytes:
-    """Return what is asked of a warm parent: to be what `command`, a newcomer's, would be here; see `warmth.unpacked`."""
-    mask = os.umask(0)
-    os.umask(mask)
-    package, arguments = os.path.dirname(os.path.abspath(__file__)), command[3:]
-    fields = [command[0], package, os.getcwd(), str(mask), str(len(arguments)), *arguments]
-    return b"\0".join([os.fsencode(each) for each in (*fields, *(f"{k}={v}" for k, v in os.environ.items()))])
-
-
-def unready(place: str) -> str:
-    """Return why no warm parent listens at `place`; nothing, if there is none."""
-    try:
-        with open(f"{place}.refused", encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        # One that is importing has its lock, and does not listen yet.
-        return "it was not ready" if os.path.exists(f"{place}.lock") else ""
 
 
 class Guard:
@@ -118,36 +102,13 @@ class Guard:
 
     def adopt(self, command: list[str], given: list[int]) -> bool:
         """Have the warm parent of this host fork the newcomer; False, with the reason in its environment, if it does not."""
-        place, host = os.path.join(self.run, "warm"), os.uname().nodename
         os.environ[START] = str(self.began)
-        why, parent = "", _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-        parent.settimeout(ASK_S)
-        try:
-            folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                parent.connect(f"/proc/self/fd/{folder}/{host}.sock")
-            finally:
-                os.close(folder)
-            rights = b"".join(number.to_bytes(4, sys.byteorder) for number in (1, *given))
-            parent.sendmsg([request(command)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-            answer, ancillary, _, _ = parent.recvmsg(PIPE, 64)  # it serves its own user alone
-            if answer[:1] == b"f" and ancillary:
-                self.pid, (self.rank,) = int(answer[1:]), numbers(ancillary[0][2])
-                parent.send(b"g")  # without it the newcomer ends, since somebody else may have been started for it
-                parent.settimeout(ANSWER_S)
-                self.parent = parent
-            else:
-                why = answer[1:].decode(errors="replace") or "it has ended"
-        except (FileNotFoundError, ConnectionRefusedError):
-            why = unready(os.path.join(place, host))
-        except TimeoutError:
-            why = f"it did not answer within {ASK_S:g} s"
-        except OSError as problem:
-            why = str(problem)
-        if self.parent is None:
-            parent.close()
-            os.environ[START] += f" cold: {why}" if why else " cold"
-        return self.parent is not None
+        adopted = adoption.adopt(self.run, command, given)
+        if isinstance(adopted, str):
+            os.environ[START] += f" cold: {adopted}" if adopted else " cold"
+            return False
+        self.pid, self.rank, self.parent = adopted
+        return True
 
     def open_door(self) -> int:
         """Listen for handover.py, watch the leader, and return the newcomer's end of its door."""
@@ -291,7 +252,7 @@ class Guard:
             data = b""
         if data:
             self.caller = caller
-            given = numbers(ancillary[0][2]) if ancillary else []
+            given = adoption.numbers(ancillary[0][2]) if ancillary else []
             stdout, stderr, self.session = (*given, -1)[:3]
             self.close_door()
             try:
@@ -339,15 +300,10 @@ class Guard:
         if self.parent is None:
             _, status, usage = os.wait4(self.pid, 0)
             return status, usage.ru_maxrss
-        try:
-            words = self.parent.recv(PIPE).split()
-        except OSError:
-            words = []
-        if not words:
+        told = adoption.outcome(self.parent)
+        if told is None:
             self.words += b"\nit is not known how it ended: its warm parent is gone"
-            return UNKNOWN, 0
-        ended, peak_kib = words
-        return int(ended), int(peak_kib)
+        return told or (UNKNOWN, 0)
 
     def settle(self, *, close: bool) -> None:
         """Put the PMI session in order, and if asked to close it, as the rank can't any more (PMI-1 wire protocol)."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from . import leftovers
+from . import leftovers, scripts
 from .attempt import beats
 from .comm.vendor import Vendor, find_mpiexec
 from .config import Config, build, merge
@@ -32,8 +34,7 @@ class Prepared(NamedTuple):
 def new(script: str, arguments: list[str], given: dict[str, Any], *, module: bool) -> Prepared:
     """Make the run directory for a new run of `script`; see `Supervisor.start`."""
     config = build(given)
-    if not module and not Path(script).is_file():
-        raise LaunchError(f"script {script} does not exist")
+    scripts.check(script, Path.cwd(), module=module)
     mpiexec, vendor = find_mpiexec()
     launch = Launch(
         script=script,
@@ -47,7 +48,15 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
         run = RunDirectory.create(Path(config.run_dir))
     else:
         run = RunDirectory.create_below(Path("runs"), script.rsplit(".", 1)[-1] if module else Path(script).stem)
-    return _written(Prepared(run, launch, run.lock(), mpiexec, vendor))
+    with _writing(run):
+        lock = run.lock()
+    try:
+        with _writing(run):
+            return _written(Prepared(run, launch, lock, mpiexec, vendor))
+    except RunDirectoryError:
+        lock.close()
+        run.remove_unused()
+        raise
 
 
 def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
@@ -62,12 +71,12 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     launch = msgspec.structs.replace(launch, settings=_plain(build(settings), settings), mpi=vendor.title)
     if not Path(launch.directory).is_dir():
         raise LaunchError(f"the run's working directory {launch.directory} does not exist any more")
-    if not launch.module and not (Path(launch.directory) / launch.script).is_file():
-        raise LaunchError(f"script {launch.script} does not exist any more in {launch.directory}")
+    scripts.check(launch.script, Path(launch.directory), module=launch.module)
     lock = run.lock()
     try:
-        _take_over(run)
-        return _written(Prepared(run, launch, lock, mpiexec, vendor))
+        with _writing(run):
+            _take_over(run)
+            return _written(Prepared(run, launch, lock, mpiexec, vendor))
     except BaseException:
         lock.close()
         raise
@@ -75,6 +84,15 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
 
 def _plain(config: Config, given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in msgspec.to_builtins(config).items() if key in given}
+
+
+@contextlib.contextmanager
+def _writing(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"run directory {run.path} can't be written: {error.strerror}; make room, or see to its permissions"
+        raise RunDirectoryError(text) from error
 
 
 def _written(prepared: Prepared) -> Prepared:

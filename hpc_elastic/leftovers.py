@@ -47,13 +47,15 @@ def processes(run: Path) -> list[int]:
 
 
 def stopped(run: Path) -> list[int]:
-    """Return the processes of `run` that are stopped (proc(5), state T)."""
-    found = []
-    for pid in processes(run):
-        with contextlib.suppress(OSError):
-            if (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
-                found.append(pid)
-    return found
+    """Return the processes of `run` that are stopped."""
+    return [pid for pid in processes(run) if is_stopped(pid)]
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether process `pid` is stopped (proc(5), state T)."""
+    with contextlib.suppress(OSError):
+        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    return False
 
 
 def end(pids: Iterable[int]) -> None:

@@ -202,8 +202,12 @@ class RunDirectory:
     def _put_beside(self, path: Path, value: msgspec.Struct | Mapping[str, Any]) -> Path:
         beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(encoded(value))
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(encoded(value))
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
         return beside
 
     def get(self, path: Path, kind: type[T]) -> T | None:
@@ -357,6 +361,13 @@ class RunDirectory:
     def failure(self) -> Failure | None:
         """Return why the job failed, or None."""
         return self.get(self._failure, Failure)
+
+    def failed_at(self) -> float:
+        """Return when the job failed, in seconds since the epoch; 0 if it has not."""
+        try:
+            return self._failure.stat().st_mtime
+        except OSError:
+            return 0.0
 
     # --- requests --------------------------------------------------------------------------------------------------
 

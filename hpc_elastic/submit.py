@@ -83,7 +83,7 @@ def submit(
     partition: Annotated[str | None, typer.Option("-p", "--partition", help="Partition.")] = None,
     account: Annotated[str | None, typer.Option("-A", "--account", help="Account.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="Another option of sbatch, as --sbatch=--mem=8G.")] = None,
-    maximum: Annotated[int | None, typer.Option("--max", help="Most ranks.")] = None,
+    maximum: Annotated[int | None, typer.Option("--max", min=1, help="Most ranks.")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as NAME=VALUE.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; by default a new one below runs/.")] = None,
     requeue: Annotated[bool, typer.Option(help="Go on in another job after the time limit.")] = True,
@@ -98,6 +98,7 @@ def submit(
       hpc-elastic submit --dry-run train.py > train.sbatch
     """
     from .places import unused_below
+    from .scripts import check
 
     stem = script.rsplit(".", 1)[-1] if module else Path(script).stem
     options = [
@@ -107,7 +108,7 @@ def submit(
     command += [part for pair in setting or [] for part in ("--set", pair)]
     command += [*(["-m"] if module else []), script, *(arguments or [])]
     with errors():
-        _check(script, module=module)
+        check(script, Path.cwd(), module=module)
         folder = (run_dir or unused_below(Path("runs"), stem)).absolute()
         batch = Batch(stem, folder, tuple(command), (*options, *(sbatch or [])), requeue)
         if dry_run:
@@ -119,10 +120,3 @@ def submit(
         number = choose().slurm.submit(batch.script())
     typer.echo(f"submitted as job {number}; it prints to {folder}.out")
     typer.echo(f"follow it with: hpc-elastic status {shlex.quote(str(folder))}")
-
-
-def _check(script: str, *, module: bool) -> None:
-    from .errors import LaunchError
-
-    if not module and not Path(script).is_file():
-        raise LaunchError(f"script {script} does not exist")

@@ -262,11 +262,16 @@ class Supervisor:
     def _never_reached(self, failure: Failure | None, code: int) -> int:
         """Say that no rank came to ``he.run``, which a restart would not change."""
         if failure is None and code == 0:
-            self._say(f"{self.launch.script} ended without calling he.run(train): nothing was run")
+            why = f"{self.launch.script} ended without calling he.run(train): nothing was run"
+            self._say(why)
             if self._new:
                 self.run.remove_unused()
+            else:
+                lose(self.run, why, "error")
             return EXIT_NEVER_RAN
         why = failure.error if failure else f"the job ended early (the launcher ended with {code})"
+        if failure is None:
+            lose(self.run, why, "error")
         self._say(f"{why}; run directory {self.run.path}")
         return EXIT_FAILED
 

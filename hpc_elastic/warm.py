@@ -4,11 +4,12 @@
 
 In the run directory, below ``warm``, it reads ``spec.json``; locks ``HOST.lock``, of which the kernel lets go when it ends;
 writes ``HOST.log``, and ``HOST.refused`` if it finds that it can't serve; and when it is ready listens at ``HOST.sock``.
-There a newcomer's guard asks it for a process, and sends the descriptors and variables that this is to have. It forks, and
-tells the guard in the end how the process has ended, which only a parent gets to know. Who is not served starts as ever.
+There a newcomer's guard asks it for a process, and says which variables this is to have. It forks; the guard sends the new
+process its descriptors, and is told in the end how it has ended, which only a parent gets to know. Who is not served starts
+as ever.
 
 Some children it forks ahead of time, each for one newcomer, which import what needs MPI, rehearse what costs once a process,
-and then wait.
+and then wait. When the run is over they kill the parent if it is stopped, as there may be nobody else to do that.
 
 It does nothing but import itself: no MPI, no operation, no thread goes on in it, since a fork takes none along. It imports
 in a thread of low priority, so that the ranks are not slowed; the thread that forks has the usual one, which nobody can get
@@ -35,6 +36,7 @@ from pathlib import Path
 
 from . import warmth
 from .encoding import decoded
+from .leftovers import is_stopped
 from .newborn import Newborn, be_born, get_ready
 from .preloading import preload_gently, threads
 
@@ -205,19 +207,16 @@ class WarmParent:
         """Answer one guard; in the process that it gets, return what that is to be."""
         line, _ = self.listener.accept()
         line.settimeout(ANSWER_S)
-        descriptors: list[int] = []
         try:
-            data, descriptors, _, _ = socket.recv_fds(line, LARGEST, 8)
+            data = line.recv(LARGEST)
             why = self.unfit(line, data)
             if not why:
                 self.next_ahead = max(self.next_ahead, time.monotonic() + AHEAD_S)
-                return self.fork(line, data, descriptors)
+                return self.fork(line, data)
             line.send(b"n" + why.encode())
         except (OSError, ValueError) as problem:
             with contextlib.suppress(OSError):
                 line.send(b"n" + f"it could not fork: {problem}".encode())
-        for descriptor in descriptors:
-            os.close(descriptor)
         line.close()
         return None
 
@@ -260,14 +259,14 @@ class WarmParent:
             os.waitpid(pid, 0)
             raise
 
-    def fork(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn | None:
+    def fork(self, line: socket.socket, data: bytes) -> Newborn | None:
         """Give a guard a process that waits, or a new one; in that, return what it is to be."""
         child = next((child for child in self.waiting if child.ready), None)
         if child is not None:
             self.waiting.remove(child)
             try:
                 child.line.recv(1)  # what is not read would end the line
-                socket.send_fds(child.line, [data], [line.fileno(), *descriptors])
+                socket.send_fds(child.line, [data], [line.fileno()])
             except OSError:  # it has just ended, or does now
                 child.line.close()
                 self.bury(child)
@@ -278,9 +277,7 @@ class WarmParent:
         if child is None:
             child = self.forked(line)
             if child is None:
-                return self.newborn(line, data, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+                return self.newborn(line, data)
         self.children.append(child)
         with contextlib.suppress(OSError):  # the guard is gone, and so will be the child
             socket.send_fds(line, [b"f" + str(child.pid).encode()], [child.descriptor])
@@ -309,23 +306,26 @@ class WarmParent:
         data, descriptors = b"", list[int]()
         with contextlib.suppress(OSError):
             theirs.send(b"r")
-            data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 8)
+            while not select.select([theirs], [], [], BEATS_S)[0]:
+                if self.over() and is_stopped(os.getppid()):
+                    os.kill(os.getppid(), signal.SIGKILL)
+            data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 1)
         if not data:
             os._exit(0)  # the parent has ended
         theirs.close()
-        return self.newborn(socket.socket(fileno=descriptors[0]), data, descriptors[1:])
+        return self.newborn(socket.socket(fileno=descriptors[0]), data)
 
     def put_off(self) -> None:
         """Fork none ahead for a while, as that failed, and at last none any more; newcomers are forked all the same."""
         self.next_ahead = time.monotonic() + self.pause_s if self.pause_s <= LONGEST_PAUSE_S else float("inf")
         self.pause_s *= 2
 
-    def newborn(self, line: socket.socket, data: bytes, descriptors: list[int]) -> Newborn:
-        """Return what this process is to be, once its guard has said that it is still wanted."""
+    def newborn(self, line: socket.socket, data: bytes) -> Newborn:
+        """Return what this process is to be, once its guard has said that it is still wanted, and sent its descriptors."""
         peer, _, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         line.settimeout(GO_S)
         try:
-            go = line.recv(1)
+            go, descriptors, _, _ = socket.recv_fds(line, 1, 8)
         except OSError:
             go = b""
         if not go:

@@ -38,7 +38,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a newcomer's guard asks for, as `hpc_elastic.guard.request` packs it."""
+    """What a newcomer's guard asks for, as `hpc_elastic.adoption.request` packs it."""
 
     executable: str
     package: str

@@ -82,7 +82,8 @@ def finalize() -> None:
 def at_exit() -> None:
     """End MPI at the interpreter's end; or the process, where MPI can't be ended and mpi4py would do so all the same.
 
-    That it does where the script has imported MPI before `he.run` could tell it not to.
+    That it does where the script has imported MPI before `he.run` could tell it not to. The code is then 1 after an
+    exception, else 0: one that the script has given to ``sys.exit`` Python has forgotten by now.
     """
     finalize()
     if forsaken() and mpi4py.rc.finalize is not False:

@@ -25,6 +25,7 @@ from ..rundir import Failure
 if TYPE_CHECKING:
     from ..comm.door import Door
     from .job import Job
+    from .session import Session
 
 LAST_WORDS_S = 3.0  # how long a rank that failed waits for the others to notice
 EXIT_CALLED_OFF = 75  # of a newcomer that can't end MPI any more; not 0, so that its guard does that in its place
@@ -76,8 +77,7 @@ def fail(job: Job, error: BaseException) -> None:
     if own:
         trace = "" if isinstance(error, ElasticError) else "".join(traceback.format_exception(error))
         failure = _failure(job, text, trace, told=True, kind="lost" if lost else "error")
-        with contextlib.suppress(OSError):  # the run directory may be gone, or its disk full
-            first = session.run.fail(failure)
+        first = _recorded(session, failure)
         if first:
             # Now, and once: a launcher that sees another rank end can end this one before its interpreter's end.
             sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
@@ -100,6 +100,16 @@ def fail(job: Job, error: BaseException) -> None:
     be_quiet()
     _end_without_mpi()
     raise kind(message) from (error if first else None)
+
+
+def _recorded(session: Session, failure: Failure) -> bool:
+    """Record why the job failed; tell whether this rank has to say it, as the first one, or as nobody can read it."""
+    try:
+        return session.run.fail(failure)
+    except FileNotFoundError:  # the run directory is gone
+        return False
+    except OSError:  # its disk is full
+        return True
 
 
 def _failure(job: Job, text: str, trace: str = "", *, told: bool = False, kind: str = "error") -> Failure:

@@ -63,6 +63,7 @@ class Leader:
         self.reports = Reports(session)
         self.saving: Saving | None = None
         self._office = office
+        self._kept: Office | None = None
         self._keep_office()
         self.inbox = Inbox(self)
         self._invitations = Invitations(self)
@@ -87,7 +88,11 @@ class Leader:
             self._keep_office()
 
     def _keep_office(self) -> None:
-        self.session.run.put(self.session.run.path / "office.json", self._office)
+        if self._kept is self._office:
+            return
+        with self.reports.log.room():
+            self.session.run.put(self.session.run.path / "office.json", self._office)
+            self._kept = self._office
 
     # --- at every turn ------------------------------------------------------------------------------------------------
 
@@ -100,6 +105,7 @@ class Leader:
         self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
+            self._keep_office()
             under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
             self.reports.status(here, self.world, self.office, "running", under_way)
         self._warming.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from ..rundir import Status
 from .session import peak_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
+    from pathlib import Path
 
     from ..comm.world import World
     from ..model import Cursor, Member
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 RECORDED_S, LOOK_S = 0.1, 0.002
 POINTS = 256
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def await_ends(
@@ -58,12 +61,39 @@ class Here(msgspec.Struct, frozen=True):
         return step == self.steps or step % -(-self.steps // POINTS) == 0
 
 
+class Log(events.EventLog):
+    """The events of a leader, which are left out where the disk is full: the job needs none of them to go on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.full = False
+
+    def write(self, event: events.Event) -> None:
+        """Append `event` if there is room, and say once that there is none."""
+        with self.room():
+            super().write(event)
+
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Go on though what is written in the block finds the disk full."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self.full:
+                _tell(f"hpc_elastic: the run directory is not written until there is room: {error.strerror}\n")
+            self.full = True
+        else:
+            self.full = False
+
+
 class Reports:
     """Writes for the leader."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.log = events.EventLog(session.run.events)
+        self.log = Log(session.run.events)
         self._progress = Progress.of_leader(session.config.progress)
 
     def say(self, text: str) -> None:
@@ -153,7 +183,9 @@ class Reports:
             under_way=under_way,
             peak_bytes=max(office.peak_bytes, peak_bytes()),
         )
-        self._session.run.put_status(status)
+        # How the job has ended must be known, or it is started again.
+        with self.log.room() if state == "running" else contextlib.nullcontext():
+            self._session.run.put_status(status)
         self._progress.show(status)
 
     def end(self, here: Here, world: World, office: Office, *, stopped: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,27 @@ def test_parent_that_stalls(start, tmp_path):
         os.kill(pid, signal.SIGCONT)
         assert resized(run, 3) == ["warm"]  # and whom it forked for the first one has ended
         stopped(job, run)
+
+
+@pytest.mark.usefixtures("all_faults")
+@pytest.mark.parametrize("supervised", [True, False])
+def test_end_with_a_parent_that_is_stopped(supervised, start, tmp_path):
+    """It holds nothing that the launcher waits for; the supervisor ends it, or those do that wait to be newcomers."""
+    with start() as job:
+        run = under_way(tmp_path / "r")
+        pid = parent(run)
+        until(lambda: (run.path / "warm" / f"{HOST}.log").read_text().count("a process waits") == 2)
+        if not supervised:
+            job.process.kill()
+        os.kill(pid, signal.SIGSTOP)
+        assert resized(run, 3) == ["cold: it did not answer within 1 s"] * 2
+        begun = time.monotonic()
+        if supervised:
+            stopped(job, run)
+        else:
+            subprocess.run(hpc_elastic("stop", str(run.path)), check=True, timeout=60)
+            until(lambda: not job.left())
+        assert time.monotonic() - begun < 10
 
 
 @pytest.fixture

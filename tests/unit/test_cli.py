@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -132,6 +134,14 @@ def test_usage_is_shown_without_arguments(arguments):
         (("checkpoint", "r", "--timeout", "-1"), "Invalid value for '--timeout'"),
         (("halt", "r"), "No such command 'halt'"),
         (("run", "--mx", "3", "x.py"), "No such option"),
+        *((("run", option, "0", "x.py"), f"'{option}'") for option in ("--slots", "--min", "--max", "--microbatches")),
+        *((("run", option, "-1", "x.py"), f"'{option}'") for option in ("--slots", "--min", "--max", "--seed")),
+        (("run", "--ranks", "0", "x.py"), "'-n' / '--ranks'"),
+        *((("resume", "r", option, "0"), f"'{option}'") for option in ("--slots", "--min", "--max")),
+        (("submit", "--max", "0", "x.py"), "'--max'"),
+        (("resize", "r", "0"), "'RANKS'"),
+        (("resize", "r", "--", "-1"), "'RANKS'"),
+        (("pack", "x.npz", "--out", "x", "--shards", "0"), "'--shards'"),
     ],
 )
 def test_wrong_usage(arguments, message):
@@ -147,8 +157,8 @@ def test_wrong_usage(arguments, message):
     ("options", "message"),
     [
         (["--min", "3", "--max", "2"], "min = 3 is more than max = 2"),
-        (["--min", "0"], "min = 0: must be at least 1"),
-        (["--max", "-1"], "max = -1: must not be negative"),
+        (["--set", "min=0"], "min = 0: must be at least 1"),
+        (["--set", "max=-1"], "max = -1: must not be negative"),
         (["-n", "4", "--max", "2"], "ranks = 4 is more than max = 2"),
         (["--policy", "wish"], "'wish'"),
         (["--policy", "timetable"], "needs a timetable"),
@@ -199,9 +209,58 @@ def test_bad_environment(name, value, message, script, monkeypatch):
     assert message in fails("run", script, code=2)
 
 
-@pytest.mark.parametrize("name", ["absent.py", "."])
-def test_no_such_script(name):
-    assert fails("run", name, code=2) == f"script {name} does not exist"
+@pytest.mark.parametrize("command", ["run", "submit"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (["absent.py"], "script absent.py does not exist in "),
+        (["script.py/x.py"], "script script.py/x.py does not exist in "),
+        (["."], "script . is a folder: name a file in it"),
+        (["pipe"], "script pipe is no regular file"),
+        (["-m", "no.such.module"], "module no.such.module does not exist in "),
+        (["-m", "package.absent"], "module package.absent does not exist in "),
+        (["-m", "script.absent"], "module script.absent does not exist in "),
+        (["-m", "sys.argv"], "module sys.argv does not exist in "),
+        (["-m", "package"], "module package is a package without a module __main__"),
+        (["-m", ".script"], "module .script does not exist in "),
+        (["-m", "script."], "module script. does not exist in "),
+    ],
+)
+@pytest.mark.usefixtures("script")
+def test_no_such_script(command, what, message):
+    """It is refused before there is a run directory, and no package is imported for that."""
+    os.mkfifo("pipe")
+    package()
+    assert message in fails(command, *what, code=2)
+    assert not Path("runs").exists()
+
+
+def package():
+    """Make a package that can't be imported, with a module that can be run."""
+    for folder, name in (("package", "__init__"), ("package", "module"), ("package/space/inner", "module")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.py").write_text("raise AssertionError")
+
+
+@pytest.mark.parametrize(
+    "name", ["script", "package.module", "package.space.inner.module", "hpc_elastic.cli", "json.tool", "this", "unittest"]
+)
+@pytest.mark.usefixtures("script")
+def test_module_is_found_as_python_does(name):
+    package()
+    invoke("submit", "--dry-run", "-m", name, code=0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, to whom only root can change")
+def test_script_that_may_not_be_read(script, tmp_path):
+    tmp_path.chmod(0o777)
+    Path(script).chmod(0)
+    os.seteuid(65534)
+    try:
+        message = fails("run", script, code=2)
+    finally:
+        os.seteuid(0)
+    assert message == "script script.py can't be read: Permission denied; see to its permissions"
     assert not Path("runs").exists()
 
 
@@ -220,6 +279,16 @@ def test_used_run_directory(script):
 def test_run_directory_that_cannot_be_made(place, script):
     Path("file").touch()
     assert "can't be made" in fails("run", "--run-dir", place, script, code=2)
+
+
+def test_run_directory_on_a_full_disk(script, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunDirectory, "put_launch", full)
+    message = fails("run", "--run-dir", "r", script, code=2)
+    assert message.endswith("r can't be written: No space left on device; make room, or see to its permissions")
+    assert not Path("r").exists()
 
 
 def test_settings_reach_the_supervisor(monkeypatch):
@@ -281,10 +350,19 @@ def test_run_that_was_killed(run):
     run.fail(Failure(error="process 4 was killed", traceback="", member=4, rank=-1, host="vm", generation=-1, step=-1))
     assert fails("stop", "r", code=4) == "the job in r is not running: it has failed"
     out, _ = invoke("status", "r", code=0)
-    assert out.startswith("failed: ")
-    assert out.endswith("process 4 was killed\n")
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((run.path / "failure.json").stat().st_mtime))
+    assert out == f"failed at {since}: epoch 1/1, step 3/9, 1 rank\n  process 4 was killed\n"
     out, _ = invoke("status", "r", "--json", code=0)
-    assert json.loads(out)["state"] == "failed"
+    assert (json.loads(out)["state"], json.loads(out)["members"]) == ("failed", [])
+
+
+@pytest.mark.parametrize("state", ["ended", "stopped"])
+def test_status_of_a_run_that_is_over(run, state):
+    """Its processes are gone, and their numbers may be others' by now."""
+    run.put_status(msgspec.structs.replace(now(state), time=0.0))
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(0))
+    assert invoke("status", "r", code=0)[0] == f"{state} at {since}: epoch 1/1, step 3/9, 1 rank\n"
+    assert json.loads(invoke("status", "r", "--json", code=0)[0])["members"] == []
 
 
 @pytest.mark.parametrize("name", ["status", "report", "stop"])
@@ -488,7 +566,7 @@ def test_resume_with_bad_settings(options, message, run, script):
 
 def test_resume_of_a_script_that_is_gone(run):
     launched(run)
-    assert fails("resume", "r", code=2) == f"script script.py does not exist any more in {Path.cwd()}"
+    assert fails("resume", "r", code=2).startswith(f"script script.py does not exist in {Path.cwd()}")
     launched(run, module=True, directory="/none")
     assert fails("resume", "r", code=2) == "the run's working directory /none does not exist any more"
 

@@ -18,6 +18,7 @@ import pytest
 import hpc_elastic
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory
+from hpc_elastic.warmth import unpacked
 
 PACKAGE = Path(hpc_elastic.__file__).parent
 PYTHON = [sys.executable, "-I", "-S"]
@@ -360,6 +361,26 @@ def test_a_newcomer_that_dies_before_it_is_wanted(run, tmp_path):
     assert run.end_of(7).code == 6
     assert not run.failed()
     assert not (tmp_path / "door").exists()
+
+
+@pytest.mark.parametrize(("answer", "said"), [(b"nit is stale", "cold: it is stale"), (b"", "cold: it has ended")])
+def test_a_warm_parent_that_refuses(run, tmp_path, answer, said):
+    """The newcomer starts as ever, and is told why; it has been asked for as it is."""
+    parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent.bind(str(run.path / "warm" / f"{HOST}.sock"))
+    parent.listen(1)
+    parent.settimeout(LIMIT_S)
+    command = warm(run, tmp_path / "door", *shell('echo "$_HPC_ELASTIC_START"'), "-m", "x")
+    with parent, started(command, stdout=subprocess.PIPE, text=True) as process:
+        line, _ = parent.accept()
+        asked, descriptors, *_ = socket.recv_fds(line, 1 << 18, 8)
+        if answer:
+            line.send(answer)
+        line.close()
+        assert process.communicate(timeout=LIMIT_S)[0].rstrip("\n").partition(" ")[2] == said
+    assert descriptors == []
+    found = unpacked(asked)
+    assert (found.executable, found.package, found.arguments) == ("/bin/sh", str(PACKAGE), ["-m", "x"])
 
 
 RANK = """

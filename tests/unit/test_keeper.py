@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpc_elastic import guard, keeper
+from hpc_elastic import adoption, keeper
 from hpc_elastic.rundir import RunDirectory
 from hpc_elastic.runtime.warming import Warming
 
@@ -98,7 +98,7 @@ def test_what_can_not_serve_is_not_tried_again(kept, now, tmp_path):
     for _ in range(100):
         assert not kept.due()
         now.at += 1
-    assert guard.unready(str(tmp_path / "warm" / kept.host)) == "it has 3 threads"
+    assert adoption.unready(str(tmp_path / "warm" / kept.host)) == "it has 3 threads"
     time.sleep(0.01)
     specify(tmp_path)
     assert kept.due()

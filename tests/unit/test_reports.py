@@ -1,12 +1,30 @@
-"""What the leader reports of those that are lost: how they ended, as soon as their guards have said so."""
+"""What the leader reports: of those that are lost, as soon as their guards have said how; and while the disk is full."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from hpc_elastic import events
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import End, RunDirectory
-from hpc_elastic.runtime.reports import RECORDED_S, await_ends
+from hpc_elastic.runtime.reports import RECORDED_S, Log, await_ends
+
+
+def test_events_are_left_out_while_the_disk_is_full(tmp_path, capfd, monkeypatch):
+    """Whole ones, and it is said once each time; other troubles are raised."""
+    log, usual, room = Log(tmp_path / "events.jsonl"), os.write, 10
+    monkeypatch.setattr(os, "write", lambda file, data: usual(file, data[:room]) if file > 2 else usual(file, data))
+    for _ in range(2):
+        log.write(events.Notice(text="a"))
+    room = 1000
+    log.write(events.Notice(text="b"))
+    monkeypatch.setattr(os, "write", usual)
+    assert [event.text for event in events.read(tmp_path / "events.jsonl")] == ["b"]
+    assert capfd.readouterr().err.count("the run directory is not written until there is room: No space left on device") == 1
+    with pytest.raises(FileNotFoundError):
+        Log(tmp_path / "gone" / "events.jsonl").write(events.Notice(text="c"))
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -25,6 +25,7 @@ from hpc_elastic.interrupts import Interrupts
 from hpc_elastic.model import Cursor, Request
 from hpc_elastic.restarts import Setback, account, wait_s, why_not
 from hpc_elastic.rundir import RunDirectory
+from hpc_elastic.summary import summarize
 from tests.launch import Job, until
 from tests.launch import hpc_elastic as command
 
@@ -152,6 +153,9 @@ def test_a_failure_before_he_run_is_not_restarted(start):
     assert "no licence" in done.err
     assert lines(done)[-1].endswith(f"run directory {Path('r').absolute()}")
     assert told(events.Restarted) == []
+    found = summarize(run())
+    assert found["state"] == "failed"
+    assert found["failure"]["error"].startswith("the job ended early")
 
 
 @pytest.mark.parametrize("how", ["rank.leave(0)", "rank.leave(3)", "os.kill(os.getpid(), 9)"])
@@ -662,6 +666,15 @@ def test_resume_a_run_that_failed(how, code, start, tmp_path):
     assert not run().failed()
     assert len(run().attempts()) == 1
     assert run().status().state == "ended"
+
+
+def test_a_resumed_script_that_never_calls_run_has_failed(start, tmp_path):
+    with start('Rank().fail("error")') as job:
+        assert job.wait().code == 1
+    Path("script.py").write_text("x = 1")
+    with resumed(tmp_path) as job:
+        assert job.wait().code == 3
+    assert "script.py ended without calling he.run(train)" in run().failure().error
 
 
 def test_resume_a_run_whose_supervisor_was_killed(start, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hpc_elastic import guard, newborn, warm, warmth
+from hpc_elastic import adoption, leftovers, newborn, warm, warmth
 
 PACKAGE = str(warmth.PACKAGE)
 
@@ -69,7 +71,7 @@ def test_request_is_read_as_it_was_written(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {"A": "1=2", "EMPTY": "", "LINES": "a\nb", "ODD": os.fsdecode(b"\xff")})
     before = os.umask(0o27)
     try:
-        data = guard.request([sys.executable, "-m", "hpc_elastic.worker", "/a run", "7"])
+        data = adoption.request([sys.executable, "-m", "hpc_elastic.worker", "/a run", "7"])
     finally:
         os.umask(before)
     assert warmth.unpacked(data) == warmth.Asked(
@@ -235,7 +237,7 @@ def ask(tmp_path, monkeypatch):
             line.connect(f"/proc/self/fd/{folder}/{HOST}.sock")
             os.close(folder)
             command = [sys.executable, "-m", "hpc_elastic.worker", str(tmp_path), "1"]
-            socket.send_fds(line, [guard.request(command)], [1, 2])
+            line.send(adoption.request(command))
             answer, descriptors, _, _ = socket.recv_fds(line, 4096, 1)
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -260,6 +262,34 @@ def test_stale_parent_makes_room_while_it_has_a_child(parents, ask, tmp_path):
     assert first.wait(20) == 0
     assert serves(tmp_path, second)
     assert ask(NEW="1")[0][0] == "f"
+
+
+@pytest.fixture
+def stopped(parents, tmp_path):
+    """Start a parent, and stop it when all that are to wait do so."""
+    process = parents("warm.BEATS_S = 0.1")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: serves(tmp_path, process) and len(children.read_text().split()) == warm.AHEAD)
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: leftovers.is_stopped(process.pid))
+    return process
+
+
+@pytest.mark.usefixtures("stopped")
+def test_parent_that_is_stopped_holds_nothing_of_the_launcher(tmp_path):
+    """Which waits for its job's end until nobody can write to what it reads."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "hpc_elastic.worker", str(tmp_path), "1"]
+    assert adoption.adopt(str(tmp_path), command, [writer]) == "it did not answer within 1 s"
+    os.close(writer)
+    assert select.select([reader], [], [], 0)[0]
+    os.close(reader)
+
+
+def test_those_that_wait_end_a_parent_that_is_stopped_when_the_run_is_over(stopped, tmp_path):
+    """Nobody else may be there."""
+    (tmp_path / "status.json").write_text('{"state": "ended"}')
+    assert stopped.wait(20) == -signal.SIGKILL
 
 
 def test_parent_is_stale_for_what_its_modules_import_themselves(parents, ask, tmp_path):
@@ -309,4 +339,4 @@ def test_parent_with_threads_says_why_it_does_not_serve(parents, tmp_path):
     parent = parents("warm.SETTLE_S = 0.1", {"goes_on": str(file)})
     assert parent.wait(20) == 1
     why = "what it imports goes on in 1 threads, which a fork does not take along"
-    assert guard.unready(str(tmp_path / "warm" / HOST)) == why
+    assert adoption.unready(str(tmp_path / "warm" / HOST)) == why
