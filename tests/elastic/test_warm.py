@@ -123,8 +123,7 @@ def test_parent_that_stalls(start, tmp_path):
         stopped(job, run)
 
 
-@pytest.mark.usefixtures("all_faults")
-@pytest.mark.parametrize("supervised", [True, False])
+@pytest.mark.parametrize("supervised", [False, also(True)])
 def test_end_with_a_parent_that_is_stopped(supervised, start, tmp_path):
     """It holds nothing that the launcher waits for; the supervisor ends it, or those do that wait to be newcomers."""
     with start() as job:
