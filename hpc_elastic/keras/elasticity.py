@@ -15,7 +15,7 @@ from . import rules, settings
 from .accord import Accord
 from .dataset import Data, latest
 from .evaluation import Evaluation
-from .leading import OnLeader
+from .leading import OnLeader, is_past
 from .state import Callbacks, State, below, prefixed
 from .traced import Traced
 
@@ -273,8 +273,8 @@ class Elasticity(keras.callbacks.ProgbarLogger):  # type: ignore[misc]
 
     @property
     def _behind(self) -> bool:
-        """True in an epoch that was done before this rank came, or came back."""
-        return self._first is not None and self._first.epoch > self._epoch
+        """True in an epoch of `fit` that is passed over."""
+        return self._called_in_fit and is_past(self._job, self._epoch)
 
     @property
     def _here(self) -> int:

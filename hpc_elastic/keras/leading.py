@@ -14,6 +14,12 @@ from .state import Callbacks
 if TYPE_CHECKING:
     from ..runtime.job import Job
 
+
+def is_past(job: Job, epoch: float) -> bool:
+    """Tell whether an epoch was done before this rank came, or came back, so that `fit` passes over it."""
+    return epoch < job.here.cursor.epoch
+
+
 HOOKS = tuple(name for name in dir(keras.callbacks.Callback) if name.startswith("on_"))
 
 
@@ -79,7 +85,7 @@ class OnLeader(keras.callbacks.Callback):  # type: ignore[misc]
             # At the begin of a fit a newcomer does not know yet whether it leads: it does not. One that was asleep may lead
             # when it comes back, and passes over epochs that were done meanwhile.
             elastic = self.model._initial_epoch is not None  # noqa: SLF001  (`Elasticity` sets it for its fit)
-            if not self._job.leads or (elastic and self._epoch < self._job.here.cursor.epoch):
+            if not self._job.leads or (elastic and is_past(self._job, self._epoch)):
                 self._begun.clear()  # what it began is gone on with elsewhere
                 return
             begins, begun = name == begin, kind in self._begun

@@ -72,15 +72,17 @@ def refuse_draws(graph: Any, step: str) -> None:
             )
 
 
-def refuse_strangers(graph: Any, variables: list[Any], step: str) -> None:
-    """Raise `ConfigError` if `graph` changes variables that are none of `variables`."""
-    known, touched = {id(variable.value.handle) for variable in variables}, written(graph)
+def refuse_strangers(graph: Any, known: list[Any], step: str, *, may_read: bool) -> None:
+    """Raise `ConfigError` if `graph` uses variables that are not `known`; or, where it `may_read` those, changes them."""
+    ours, touched = {id(variable.value.handle) for variable in known}, written(graph)
     named = {id(variable.handle): variable.name for variable in graph.variables}
     for outside, inside in graph.captures:
-        if inside.name in touched and id(outside) not in known:
+        strange = inside.name in touched if may_read else id(outside) in named
+        if strange and id(outside) not in ours:
             raise ConfigError(
-                f"{step} changes {named.get(id(outside), inside.name)}, of neither the model nor its metrics, so what comes "
-                "next would depend on the ranks: make seed generators and metrics attributes of the model"
+                f"{step} {'changes' if may_read else 'uses'} {named.get(id(outside), inside.name)}, which is not the "
+                "model's, so newcomers would not have its value: make layers, seed generators and metrics attributes of the "
+                "model"
             )
 
 

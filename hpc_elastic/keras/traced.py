@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from . import refused, rules
 from .flat import Flat
 from .tracing import SEEDS, Graph, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of, watched
-from .values import lent
+from .values import held, lent, loans
 
 if TYPE_CHECKING:
     from ..runtime.batches import Microbatch
@@ -75,8 +75,9 @@ class Traced:
         self._compute = Graph(self._microbatch, tf.TensorSpec([2], tf.int32), *specs)
         factor = [tf.TensorSpec([], tf.float32)] if rule != rules.FIXED else []
         self._update = Graph(self._apply, *self._means.specs, *self._sums.specs, *factor)
-        self._refuse_strangers()
+        self._all = [*model.variables, *self._metrics, *self.optimizer.variables]
         for graph in (self._compute.graph, self._update.graph):
+            refused.refuse_strangers(graph, self._all, "train_step", may_read=False)
             refused.refuse_draws(graph, "train_step")
         self._no_words = tf.constant((0, 0), tf.int32)
 
@@ -94,13 +95,24 @@ class Traced:
         values, (*sums, words) = step.reduce()
         step.metrics |= self._loss_in(sums)
         factor = [np.float32(self._factor(step, values))] if self.rule != rules.FIXED else []
-        # Copied: the update may keep what it is given, and the ranks of a host share this memory.
-        logs = np.asarray(self._update(*map(tf.constant, (*values, *sums, *factor)))[0])
+        lending = loans((*values, *sums, *factor))
+        found = self._named(np.asarray(self._update(*map(lent, lending))[0]))
+        if held(lending):
+            self._let_go()
+        return found, words
+
+    def _named(self, logs: np.ndarray) -> dict[str, Any]:
+        """Return the logs by their names; no array is a part of `logs`."""
         found, stop = {}, 0
         for name, shape in self._forms:
             start, stop = stop, stop + math.prod(shape)
             found[name] = logs[start:stop].reshape(shape).copy() if shape else float(logs[start])
-        return found, words
+        return found
+
+    def _let_go(self) -> None:
+        """Have variables keep copies: what is assigned as it is shares the memory of the sum, which is filled again."""
+        for variable in self._all:
+            variable.assign(np.asarray(variable).copy())
 
     def _attempt(self, step: Step, word: Word) -> bool:
         """Compute this rank's microbatches, and do the sum; False if a rank was lost, and all is to be done anew."""
@@ -227,14 +239,3 @@ class Traced:
             before = sum(int(np.prod(t.shape)) for t in sums[:number] if t.dtype == dtype)
             found.append((self._sums.dtypes.index(dtype), before))
         return found
-
-    def _refuse_strangers(self) -> None:
-        known = [*self.model.variables, *self._metrics, *self.optimizer.variables]
-        ours = {id(variable.value) for variable in known}
-        used = [*self._compute.graph.variables, *self._update.graph.variables]
-        strangers = list(dict.fromkeys(variable.name for variable in used if id(variable) not in ours))
-        if strangers:
-            raise ConfigError(
-                f"train_step uses {', '.join(strangers)}, of neither the model, its metrics nor its optimizer, which "
-                "newcomers would not have: make layers, seed generators and metrics attributes of the model"
-            )

@@ -14,7 +14,10 @@ from ..errors import ConfigError
 
 MASK = (1 << 64) - 1
 SEEDS = "seed_generator_state"  # name of the variable of each of Keras's seed generators
-READ = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead")
+READ = (
+    *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "DisableCopyOnRead"),
+    *("LookupTableFindV2", "LookupTableSizeV2"),
+)
 READ_INSIDE = "_read_only_resource_inputs"  # inputs that the function which an operation calls only reads
 
 
@@ -27,15 +30,23 @@ class Graph:
         What is traced.
     *specs : tf.TensorSpec
         What tensors it is called with.
+
+    Attributes
+    ----------
+    graph : tf.Graph
+        The graph.
+    structure
+        How its results nest, as ``tf.nest`` takes them apart.
     """
 
     def __init__(self, function: Callable[..., Any], *specs: tf.TensorSpec) -> None:
         self._concrete = tf.function(function, autograph=False).get_concrete_function(*specs)
         self.graph = self._concrete.graph
+        self.structure = self._concrete.structured_outputs
         self._call, self._captures = self._concrete.inference_fn.call_flat, self._concrete.captured_inputs
 
     def __call__(self, *tensors: tf.Tensor) -> Sequence[tf.Tensor]:
-        """Return its results."""
+        """Return its results, flat."""
         found: Sequence[tf.Tensor] = self._call(*tensors, *self._captures)
         return found
 

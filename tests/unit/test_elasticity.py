@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hpc_elastic as he
+from hpc_elastic.model import Cursor
 
 pytestmark = pytest.mark.tensorflow
 
@@ -42,7 +43,8 @@ def test_a_stopping_job_does_not_validate(keras):
     """The job is a fake one, that has none of what an evaluation by its ranks would use."""
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    elastic = he.keras.Elasticity(types.SimpleNamespace(stopped=True, leads=True))
+    here = types.SimpleNamespace(cursor=Cursor(0, 0, 0))
+    elastic = he.keras.Elasticity(types.SimpleNamespace(stopped=True, leads=True, here=here))
     elastic._called_in_fit = True
     elastic._state.tested = {"loss": np.asarray(2.5)}
     data = he.keras.data({"x": np.zeros((50, 5), np.float32), "label": np.zeros(50, np.int64)})

@@ -394,6 +394,55 @@ def test_memory_is_lent_where_that_can_be():
     assert sys.getrefcount(floats) == references
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_sum_is_lent_and_no_variable_keeps_it(keras, arrays, keeps):
+    """Also where an optimizer assigns gradients as they are; then what it kept is copied."""
+
+    class Keeps(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            self.last = [self.add_variable_from_reference(variable, "last") for variable in variables]
+
+        def update_step(self, gradient, variable, learning_rate):
+            self.assign(self.last[self._get_variable_index(variable)], gradient)
+            super().update_step(gradient, variable, learning_rate)
+
+    class Lending(Alone):
+        def reduce(self):
+            parts = super().reduce()
+            self.lent = np.ndarray(parts[0][0].shape, np.float32, mmap.mmap(-1, 4096))
+            self.lent[...] = parts[0][0]
+            self.only_read = self.lent[:]
+            self.only_read.flags.writeable = False
+            return [self.only_read], parts[1]
+
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2, use_bias=False)])
+    optimizer = Keeps() if keeps else keras.optimizers.SGD(momentum=0.5, use_ema=True)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    (step, step_of), copied = (traced(model, arrays), Lending(arrays, SAMPLES)), []
+    let_go = step._let_go
+    step._let_go = lambda: copied.append(let_go())
+    step.run(step_of, word)
+    assert len(copied) == keeps
+    before = [np.asarray(variable).copy() for variable in [*model.variables, *optimizer.variables]]
+    step_of.lent[...] = np.nan
+    after = [np.asarray(variable).copy() for variable in [*model.variables, *optimizer.variables]]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_evaluation_may_look_up_and_read(keras, arrays):
+    """What newcomers have as well: tables, which don't change, and variables of the script's own."""
+    import tensorflow as tf
+
+    scale = tf.Variable(2.0)
+    table = keras.layers.IntegerLookup(vocabulary=list(range(SAMPLES)), num_oov_indices=1)
+    model = keras.Sequential(
+        [keras.Input((), dtype="int64"), table, keras.layers.Lambda(lambda x: scale * tf.cast(x, "float32"))]
+    )
+    data = he.keras.data({"number": arrays["number"]}, batch=7)
+    assert np.array_equal(evaluation(model).predict(data), 2 * (arrays["number"] + 1))
+
+
 def test_what_an_evaluation_draws_depends_on_the_part_alone(keras, arrays, monkeypatch):
     class Noisy(keras.layers.Layer):
         def __init__(self):
@@ -412,8 +461,7 @@ def test_what_an_evaluation_draws_depends_on_the_part_alone(keras, arrays, monke
     predicted = np.asarray(found.predict(data))
     losses = [found.evaluate(data)["loss"] for _ in range(2)]
     assert losses[0] == losses[1]
-    own = found._own
-    monkeypatch.setattr(found, "_own", lambda data: [part for part in own(data) if part[0] >= 2])  # those of another rank
+    monkeypatch.setattr(found, "_interval", lambda: (2, LEAVES))  # that of another rank
     last = np.asarray(found.predict(data))
     assert np.array_equal(last, predicted[-len(last) :])
     assert not np.array_equal(predicted[:5], np.asarray(model.layers[-1](arrays["x"][:5])))  # there is noise

@@ -340,3 +340,15 @@ def test_parent_with_threads_says_why_it_does_not_serve(parents, tmp_path):
     assert parent.wait(20) == 1
     why = "what it imports goes on in 1 threads, which a fork does not take along"
     assert adoption.unready(str(tmp_path / "warm" / HOST)) == why
+
+
+def test_a_rehearsal_that_hangs_ends_its_process(tmp_path):
+    """So the parent has another one forked in its place, and nobody waits for it."""
+    (tmp_path / "hanging.py").write_text("import threading\ndef rehearse(number):\n    threading.Event().wait()\n")
+    program = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\nfrom hpc_elastic import newborn, warmth\nnewborn.LONGEST_S = 1\n"
+        "newborn.get_ready(warmth.Spec(modules={}, rehearsals={'hanging': {'number': 1}}, path=[], command=[], environ={}))"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGALRM, "")
