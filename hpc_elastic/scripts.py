@@ -6,7 +6,7 @@ import importlib.util
 import stat
 import sys
 from contextlib import suppress
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from .errors import LaunchError
@@ -50,9 +50,17 @@ def _check_module(name: str, folder: Path) -> None:
         spec = spec or importlib.util.find_spec(top)
     for part in parts:
         if spec is not None:
-            spec = PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+            package, spec = spec, PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+            if spec is None and _looks_elsewhere(package):
+                return
     if spec is None:
         raise LaunchError(f"module {name} does not exist in {folder}, nor where Python has its packages: see to its name")
     inside = spec.submodule_search_locations
     if inside is not None and PathFinder.find_spec("__main__", list(inside)) is None:
         raise LaunchError(f"module {name} is a package without a module __main__: name one in it, as {name}.NAME")
+
+
+def _looks_elsewhere(package: ModuleSpec) -> bool:
+    """Tell whether a package may say itself, when it is imported, where its modules lie."""
+    origin = Path(package.origin or "")
+    return origin.suffix == ".py" and "__path__" in origin.read_text(errors="replace")

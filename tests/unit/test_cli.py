@@ -251,6 +251,14 @@ def test_module_is_found_as_python_does(name):
     invoke("submit", "--dry-run", "-m", name, code=0)
 
 
+@pytest.mark.usefixtures("script")
+def test_module_of_a_package_that_looks_for_its_modules_itself():
+    """Only Python, which imports it, knows where they lie."""
+    package()
+    Path("package/__init__.py").write_text("__path__.append('elsewhere')")
+    invoke("submit", "--dry-run", "-m", "package.absent", code=0)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, to whom only root can change")
 def test_script_that_may_not_be_read(script, tmp_path):
     tmp_path.chmod(0o777)
