@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 comma := ,
 EXTRAS := $(MPI),dev$(if $(filter mpich,$(MPI)),$(comma)keras$(comma)jobs)
 
-.PHONY: help setup demo demo-slurm test search chaos test-slurm slurm-packages test-mpi bench bench-peers bench-slurm check clean
+.PHONY: help setup demo demo-slurm test test-all search chaos test-slurm slurm-packages test-mpi bench bench-peers bench-slurm check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -49,6 +49,9 @@ test: setup  ## all tests but those on a Slurm cluster, some of them side by sid
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm --ignore tests/perf $(TESTS)
 	@# Ratios of times are measured when nothing else runs.
 	$(if $(filter tests,$(TESTS)),$(BIN)/python -m pytest -q tests/perf)
+
+test-all: setup  ## the same with all faults, kills and random schedules, which take more than an hour
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/slurm --ignore tests/perf --all-faults $(TESTS)
 
 test-slurm: setup slurm-packages  ## the tests on a Slurm cluster of this machine (root)
 	$(BIN)/python -m pytest -q -n $(SLURM_WORKERS) --dist worksteal tests/slurm

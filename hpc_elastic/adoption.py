@@ -45,6 +45,7 @@ def adopt(run: str, command: list[str], given: list[int]) -> tuple[int, int, _so
     place, host = os.path.join(run, "warm"), os.uname().nodename
     parent = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     parent.settimeout(ASK_S)
+    rank = -1
     try:
         folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -68,6 +69,8 @@ def adopt(run: str, command: list[str], given: list[int]) -> tuple[int, int, _so
         why = f"it did not answer within {ASK_S:g} s"
     except OSError as problem:
         why = str(problem)
+    if rank >= 0:
+        os.close(rank)
     parent.close()
     return why
 

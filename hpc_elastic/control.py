@@ -48,6 +48,8 @@ def errors(codes: dict[type[ElasticError], int] = CODES) -> Iterator[None]:
         fail(f"{error.filename} may not be read by this user: {error.strerror}", EXIT_NO_RUN)
     except BrokenPipeError:  # whoever reads has had enough
         os._exit(0)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror}", EXIT_NO_RUN)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -69,7 +71,7 @@ def status_of(run: RunDirectory) -> Status:
         why = failure.error if failure else "the job has not reached its first step"
         raise RunDirectoryError(f"{run.path} has no status yet: {why}")
     if failure is not None:
-        found = msgspec.structs.replace(found, state="failed", time=run.failed_at())
+        found = msgspec.structs.replace(found, state="failed", time=failure.time)
     return found if found.state in LIVE else msgspec.structs.replace(found, members=(), under_way="")
 
 

@@ -302,7 +302,7 @@ class Guard:
             return status, usage.ru_maxrss
         told = adoption.outcome(self.parent)
         if told is None:
-            self.words += b"\nit is not known how it ended: its warm parent is gone"
+            self.words += b"\nit is not known how it ended: its warm parent is gone, or stopped"
         return told or (UNKNOWN, 0)
 
     def settle(self, *, close: bool) -> None:

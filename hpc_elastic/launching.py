@@ -48,15 +48,13 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
         run = RunDirectory.create(Path(config.run_dir))
     else:
         run = RunDirectory.create_below(Path("runs"), script.rsplit(".", 1)[-1] if module else Path(script).stem)
-    with _writing(run):
-        lock = run.lock()
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(run.remove_unused)
         with _writing(run):
-            return _written(Prepared(run, launch, lock, mpiexec, vendor))
-    except RunDirectoryError:
-        lock.close()
-        run.remove_unused()
-        raise
+            lock = undo.enter_context(run.lock())
+            prepared = _written(Prepared(run, launch, lock, mpiexec, vendor))
+        undo.pop_all()
+    return prepared
 
 
 def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
@@ -74,8 +72,8 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     scripts.check(launch.script, Path(launch.directory), module=launch.module)
     lock = run.lock()
     try:
+        _take_over(run)
         with _writing(run):
-            _take_over(run)
             return _written(Prepared(run, launch, lock, mpiexec, vendor))
     except BaseException:
         lock.close()

@@ -93,6 +93,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     told: bool = False
     kind: str = "error"
+    time: float = msgspec.field(default_factory=time.time)
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -362,13 +363,6 @@ class RunDirectory:
         """Return why the job failed, or None."""
         return self.get(self._failure, Failure)
 
-    def failed_at(self) -> float:
-        """Return when the job failed, in seconds since the epoch; 0 if it has not."""
-        try:
-            return self._failure.stat().st_mtime
-        except OSError:
-            return 0.0
-
     # --- requests --------------------------------------------------------------------------------------------------
 
     def ask(self, request: Request) -> str:
@@ -395,6 +389,8 @@ class RunDirectory:
 
     def answer(self, name: str, answer: Answer) -> None:
         """Answer the request `name` and take it from the inbox."""
-        self.put(self._answers / name, answer)
-        with contextlib.suppress(OSError):  # not a file: it is passed over from now on
-            (self._inbox / name).unlink(missing_ok=True)
+        try:
+            self.put(self._answers / name, answer)
+        finally:
+            with contextlib.suppress(OSError):  # not a file: it is passed over from now on
+                (self._inbox / name).unlink(missing_ok=True)

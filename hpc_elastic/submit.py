@@ -83,7 +83,9 @@ def submit(
     partition: Annotated[str | None, typer.Option("-p", "--partition", help="Partition.")] = None,
     account: Annotated[str | None, typer.Option("-A", "--account", help="Account.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="Another option of sbatch, as --sbatch=--mem=8G.")] = None,
-    maximum: Annotated[int | None, typer.Option("--max", min=1, help="Most ranks.")] = None,
+    maximum: Annotated[
+        int | None, typer.Option("--max", min=0, help="Most ranks; 0, the default: as many as microbatches.")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as NAME=VALUE.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; by default a new one below runs/.")] = None,
     requeue: Annotated[bool, typer.Option(help="Go on in another job after the time limit.")] = True,

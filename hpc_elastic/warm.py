@@ -290,6 +290,7 @@ class WarmParent:
         except OSError:
             self.put_off()
             return None
+        parent = os.getpid()
         try:
             child = self.forked(mine)
         except OSError:
@@ -303,17 +304,34 @@ class WarmParent:
             return None
         mine.close()
         get_ready(self.spec)
-        data, descriptors = b"", list[int]()
-        with contextlib.suppress(OSError):
-            theirs.send(b"r")
-            while not select.select([theirs], [], [], BEATS_S)[0]:
-                if self.over() and is_stopped(os.getppid()):
-                    os.kill(os.getppid(), signal.SIGKILL)
-            data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 1)
-        if not data:
+        try:
+            data, line = self.wanted(theirs, parent)
+        except OSError:
             os._exit(0)  # the parent has ended
+        return self.newborn(line, data)
+
+    def wanted(self, theirs: socket.socket, parent: int) -> tuple[bytes, socket.socket]:
+        """Wait, in a process that is ready, until it is wanted; return for what, and its guard's line.
+
+        Raises
+        ------
+        OSError
+            If the parent has ended.
+        """
+        handle = os.pidfd_open(parent)
+        if os.getppid() != parent:
+            raise ProcessLookupError
+        theirs.send(b"r")
+        while not select.select([theirs], [], [], BEATS_S)[0]:
+            with contextlib.suppress(OSError):  # of the run directory, now and then
+                if self.over() and is_stopped(parent):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+        data, descriptors, _, _ = socket.recv_fds(theirs, LARGEST, 1)
+        if not data:
+            raise ConnectionResetError
         theirs.close()
-        return self.newborn(socket.socket(fileno=descriptors[0]), data)
+        os.close(handle)
+        return data, socket.socket(fileno=descriptors[0])
 
     def put_off(self) -> None:
         """Fork none ahead for a while, as that failed, and at last none any more; newcomers are forked all the same."""

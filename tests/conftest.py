@@ -51,9 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    # A shell's background job ignores interrupts, and nohup the end of the terminal; tests send both to their own process.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it; tests send it
     config.stash[SEGMENTS] = set(orphaned_shared_memory())
 
 

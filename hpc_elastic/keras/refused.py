@@ -81,8 +81,8 @@ def refuse_strangers(graph: Any, known: list[Any], step: str, *, may_read: bool)
         if strange and id(outside) not in ours:
             raise ConfigError(
                 f"{step} {'changes' if may_read else 'uses'} {named.get(id(outside), inside.name)}, which is not the "
-                "model's, so newcomers would not have its value: make layers, seed generators and metrics attributes of the "
-                "model"
+                "model's, so its value would depend on the ranks: make layers, seed generators and metrics attributes of "
+                "the model"
             )
 
 

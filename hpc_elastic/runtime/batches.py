@@ -46,6 +46,7 @@ def _on_pages(array: Array) -> Array:
 class Samples(Protocol):
     """A data set: `len` samples, of which any can be gathered; `chunk_samples` run together where it is not None.
 
+    What `gather` has returned must stay as it is: steps compute from it where it lies.
     With the attribute ``reads_ahead = True``, `gather` is also called in a thread, and with the arrays to fill, `out`: those
     that it returned before, which are the job's from then on. A method ``share_chunks(key)`` is called with a key that the
     ranks of a job have in common.

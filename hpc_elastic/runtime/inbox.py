@@ -51,7 +51,9 @@ class Inbox:
         for name, request in session.run.requests():
             if request is not None and request.kind == "resize" and not self._leader.all_gone():
                 continue  # what can be had is known when the leavers' slots are free: it is answered then
-            session.run.answer(name, self._answer(here, request))
+            answer = self._answer(here, request)
+            with self._leader.reports.log.room():
+                session.run.answer(name, answer)
         limit = session.config.time_limit_s
         if limit and session.seconds() >= limit and not self.stops:
             self.keep(stops=f"time_limit_s = {limit:g}")

@@ -63,8 +63,7 @@ class Leader:
         self.reports = Reports(session)
         self.saving: Saving | None = None
         self._office = office
-        self._kept: Office | None = None
-        self._keep_office()
+        self._put_office()  # or fail: whoever leads next takes it from there
         self.inbox = Inbox(self)
         self._invitations = Invitations(self)
         self._under_way: UnderWay | None = None
@@ -88,11 +87,13 @@ class Leader:
             self._keep_office()
 
     def _keep_office(self) -> None:
-        if self._kept is self._office:
-            return
-        with self.reports.log.room():
-            self.session.run.put(self.session.run.path / "office.json", self._office)
-            self._kept = self._office
+        if self._kept is not self._office:
+            with self.reports.log.room():
+                self._put_office()
+
+    def _put_office(self) -> None:
+        self.session.run.put(self.session.run.path / "office.json", self._office)
+        self._kept = self._office
 
     # --- at every turn ------------------------------------------------------------------------------------------------
 

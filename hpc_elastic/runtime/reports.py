@@ -84,8 +84,6 @@ class Log(events.EventLog):
             if not self.full:
                 _tell(f"hpc_elastic: the run directory is not written until there is room: {error.strerror}\n")
             self.full = True
-        else:
-            self.full = False
 
 
 class Reports:
@@ -186,6 +184,7 @@ class Reports:
         # How the job has ended must be known, or it is started again.
         with self.log.room() if state == "running" else contextlib.nullcontext():
             self._session.run.put_status(status)
+            self.log.full = False
         self._progress.show(status)
 
     def end(self, here: Here, world: World, office: Office, *, stopped: bool) -> None:

@@ -39,7 +39,7 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
     before: dict[int, Handler] = {}
 
     def leave(_number: int, _frame: FrameType | None) -> None:
-        run.ask(Request("leave", member))
+        _ask(run, Request("leave", member))
 
     first: list[float] = []
 
@@ -50,8 +50,8 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
                 signal.default_int_handler(number, frame)
             return
         first.append(time.monotonic())
-        run.ask(Request("stop"))
-        sys.stderr.write("hpc_elastic: stopping at the next step, with a checkpoint; Ctrl-C again ends it now\n")
+        how = "stopping at the next step, with a checkpoint; " if _ask(run, Request("stop")) else ""
+        sys.stderr.write(f"hpc_elastic: {how}Ctrl-C again ends it now\n")
 
     meanings: list[tuple[int, Handler, Handler]] = [
         (signal.SIGTERM, signal.SIG_DFL, leave),
@@ -65,3 +65,13 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ask(run: RunDirectory, request: Request) -> bool:
+    """Ask the leader, or say why that can't be done."""
+    try:
+        run.ask(request)
+    except OSError as error:
+        sys.stderr.write(f"hpc_elastic: the leader can't be asked to {request.kind}: {error.strerror}\n")
+        return False
+    return True

@@ -74,7 +74,7 @@ CELLS = (
     # The resize.
     Cell("drain", "leader", (WENT_ON,)),
     Cell("drain", "other", (WENT_ON, ROLLED_BACK)),
-    Cell("merge", "leader", (ROLLED_BACK,)),
+    Cell("merge", "leader", (ROLLED_BACK,), quick=("kill",)),
     Cell("merge", "other", (ROLLED_BACK,)),
     Cell("merge", "newcomer", (ROLLED_BACK,), quick=("stop",)),
     Cell("sync", "leader", (ROLLED_BACK,)),

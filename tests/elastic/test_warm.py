@@ -140,7 +140,7 @@ def test_end_with_a_parent_that_is_stopped(supervised, start, tmp_path):
         else:
             subprocess.run(hpc_elastic("stop", str(run.path)), check=True, timeout=60)
             until(lambda: not job.left())
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 40  # a launcher waits for a minute if somebody holds its pipes
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_parent_that_can_not_serve(library, start, tmp_path):
 
 
 @pytest.mark.all_faults
-@pytest.mark.parametrize("what", ["raise ValueError", "os.kill(os.getpid(), 9)", also("time.sleep(5)")])
+@pytest.mark.parametrize("what", ["raise ValueError", "os.kill(os.getpid(), 9)", "time.sleep(5)"])
 def test_rehearsal_that_fails(what, library, start, tmp_path):
     """Newcomers are forked all the same."""
     program = library(f"import os, time\ndef rehearse(number):\n    {what}\n")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import msgspec
@@ -16,14 +18,15 @@ import pytest
 from typer.testing import CliRunner
 
 import hpc_elastic
-from hpc_elastic import cli, control, doctor, events, launching
+from hpc_elastic import cli, control, doctor, events, launching, scripts
 from hpc_elastic.checkpoint import About, Store
 from hpc_elastic.config import build
 from hpc_elastic.doctor import Check
+from hpc_elastic.errors import LaunchError
 from hpc_elastic.model import Cursor, Member
 from hpc_elastic.rundir import Answer, Failure, Launch, RankRecord, RunDirectory, Status
 from hpc_elastic.shards import write_shard
-from tests.launch import Job, until
+from tests.launch import ROOT, Job, until
 from tests.launch import hpc_elastic as command
 
 COMMANDS = (
@@ -134,11 +137,11 @@ def test_usage_is_shown_without_arguments(arguments):
         (("checkpoint", "r", "--timeout", "-1"), "Invalid value for '--timeout'"),
         (("halt", "r"), "No such command 'halt'"),
         (("run", "--mx", "3", "x.py"), "No such option"),
-        *((("run", option, "0", "x.py"), f"'{option}'") for option in ("--slots", "--min", "--max", "--microbatches")),
+        *((("run", option, "0", "x.py"), f"'{option}'") for option in ("--min", "--microbatches")),
         *((("run", option, "-1", "x.py"), f"'{option}'") for option in ("--slots", "--min", "--max", "--seed")),
         (("run", "--ranks", "0", "x.py"), "'-n' / '--ranks'"),
-        *((("resume", "r", option, "0"), f"'{option}'") for option in ("--slots", "--min", "--max")),
-        (("submit", "--max", "0", "x.py"), "'--max'"),
+        (("resume", "r", "--min", "0"), "'--min'"),
+        (("submit", "--max", "-1", "x.py"), "'--max'"),
         (("resize", "r", "0"), "'RANKS'"),
         (("resize", "r", "--", "-1"), "'RANKS'"),
         (("pack", "x.npz", "--out", "x", "--shards", "0"), "'--shards'"),
@@ -249,6 +252,30 @@ def package():
 def test_module_is_found_as_python_does(name):
     package()
     invoke("submit", "--dry-run", "-m", name, code=0)
+
+
+@pytest.mark.usefixtures("script")
+def test_module_on_a_relative_path(monkeypatch):
+    """It is relative to where the ranks will be started."""
+    Path("source").mkdir()
+    Path("source/there.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"source{os.pathsep}{ROOT}")
+    scripts.check("there", Path.cwd(), module=True)
+    with pytest.raises(LaunchError, match="module there does not exist"):
+        scripts.check("there", Path("/"), module=True)
+
+
+@pytest.mark.usefixtures("script")
+def test_module_in_a_zip(monkeypatch):
+    package()
+    with zipfile.ZipFile("app.zip", "w") as archive:
+        for file in Path("package").rglob("*.py"):
+            archive.write(file)
+    shutil.rmtree("package")
+    monkeypatch.setenv("PYTHONPATH", f"{Path('app.zip').absolute()}{os.pathsep}{ROOT}")
+    scripts.check("package.module", Path.cwd(), module=True)
+    with pytest.raises(LaunchError, match=r"module package\.absent does not exist"):
+        scripts.check("package.absent", Path.cwd(), module=True)
 
 
 @pytest.mark.usefixtures("script")

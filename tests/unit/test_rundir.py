@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -34,7 +35,7 @@ def mode(path):
 
 
 def failure(error="it broke", rank=1):
-    return Failure(error=error, traceback="Traceback …", member=3, rank=rank, host="node", generation=2, step=17)
+    return Failure(error=error, traceback="Traceback …", member=3, rank=rank, host="node", generation=2, step=17, time=1.5)
 
 
 def record(member=0, outcome="member", **more):
@@ -389,6 +390,16 @@ def test_a_damaged_request_hides_no_other(run, damage):
     assert run.requests() == [("0.json", None), (name, Request("resize", 2))]
     run.answer("0.json", Answer(accepted=False, text="can't be read"))
     assert run.requests() == [(name, Request("resize", 2))]
+
+
+def test_an_answer_that_finds_no_room_takes_the_request_away(run, monkeypatch):
+    """It would be done again and again."""
+    name = run.ask(Request("stop"))
+    monkeypatch.setattr(rundir, "encoded", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        run.answer(name, Answer(accepted=True, text=""))
+    assert run.requests() == []
+    assert not list(run.path.rglob(".*"))
 
 
 def test_an_answer_takes_the_request_away(run):

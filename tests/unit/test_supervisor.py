@@ -504,6 +504,15 @@ def test_a_zombie_is_not_left_over(tmp_path):
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def heard():
+    """Have the end of the terminal heard, also below nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_stops_the_job(number, start):
     with start("rank = Rank()\nrank.step(3)\nrank.until_asked()") as job:
@@ -589,6 +598,7 @@ def test_nohup_is_heeded():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("heard")
 def test_interrupts_cut_a_wait_short():
     begun = time.monotonic()
     with Interrupts() as interrupts:
