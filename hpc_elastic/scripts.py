@@ -53,7 +53,10 @@ def _check_module(name: str, folder: Path) -> None:
     command = [sys.executable, "-m", __name__, name]
     done = subprocess.run(command, cwd=folder, check=False, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode == ABSENT:
-        raise LaunchError(f"module {name} does not exist in {folder}, nor where Python has its packages: see to its name")
+        raise LaunchError(
+            f"module {name} does not exist in {folder}, nor where Python has its packages: see to its "
+            "name, or change to its folder"
+        )
     if done.returncode == NO_MAIN:
         raise LaunchError(f"module {name} is a package without a module __main__: name one in it, as {name}.NAME")
 

@@ -269,7 +269,9 @@ class Supervisor:
             else:
                 lose(self.run, why, "error")
             return EXIT_NEVER_RAN
-        why = failure.error if failure else f"the job ended early (the launcher ended with {code})"
+        why = (
+            failure.error if failure else f"the job ended early (the launcher ended with {code}): see above what it printed"
+        )
         if failure is None:
             lose(self.run, why, "error")
         self._say(f"{why}; run directory {self.run.path}")

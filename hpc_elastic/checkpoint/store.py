@@ -176,8 +176,8 @@ class Store:
         """Return the folders of all checkpoints, oldest first; they may be damaged."""
         return listed(self.folder, FINISHED)
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest good checkpoint, or None. All of its files are read.
+    def newest(self, than: tuple[int, int] = (0, -1)) -> Checkpoint | None:
+        """Return the newest good checkpoint that is newer `than` a loop and step, or None. All of its files are read.
 
         Those that are damaged are passed over and renamed to ``NAME.damaged``.
 
@@ -187,6 +187,8 @@ class Store:
             If this process can't read the newest, for reasons that say nothing about it.
         """
         for path in sorted(self.all(), key=_true_place, reverse=True):
+            if _true_place(path) <= than:
+                return None
             try:
                 checkpoint = Checkpoint.open(path)
                 problems = checkpoint.problems()

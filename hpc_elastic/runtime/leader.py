@@ -107,8 +107,7 @@ class Leader:
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
             self._keep_office()
-            under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
-            self.reports.status(here, self.world, self.office, "running", under_way)
+            self._show(here)
         self._warming.look()
         told = self.inbox.leaving()
         if self.inbox.stops:
@@ -127,10 +126,15 @@ class Leader:
                 self._decide(here)
         if self._under_way is not None:
             if hold:
+                self._show(here)
                 self.world.watch.until(lambda: self._under_way is None or self._advance(here), what="newcomers")
             if self._under_way is not None and self._advance(here):
                 return make_plan(self, self._under_way, here, point, losses)
         return None
+
+    def _show(self, here: Here) -> None:
+        under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
+        self.reports.status(here, self.world, self.office, "running", under_way)
 
     def poll(self, here: Here) -> Supply:
         """Ask the broker for the supply, and give back what it granted too late."""
@@ -364,5 +368,5 @@ class Leader:
         """Report the end of the job, and send newcomers still under way home."""
         self.keeping.report()
         if self._under_way is not None:
-            self._again(FAREWELL_S)
+            self._refused(here, self._again(FAREWELL_S).resize, "the job ended before the newcomers were ready", forced=True)
         self.reports.end(here, self.world, self.office, stopped=stopped)

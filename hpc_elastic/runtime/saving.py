@@ -157,17 +157,16 @@ class Saving:
         """Have the next loop begin with the last state that is left after a loss; return its source. Collective."""
         if self._writer is not None:
             self._writer.abandon()  # the lost rank's part of what is being written may never come
-        self._rewinds, self._from = True, self.copies.find(self._membership.joined())
-        if self._from is not None:
-            return "memory"
-        self._from = self._last_on_disk()
+        kept = self.copies.find(self._membership.joined())
+        self._rewinds, self._from = True, self._on_disk(kept.about.place if kept is not None else (0, -1)) or kept
         return str(self._from.path) if self._from is not None else "the start"
 
-    def _last_on_disk(self) -> Checkpoint | None:
+    def _on_disk(self, than: tuple[int, int]) -> Checkpoint | None:
+        """Return the last checkpoint that is newer `than` a loop and step, or None. Collective."""
         from ..checkpoint import Checkpoint
 
         world = self._membership.joined()
-        found = self.store().newest() if world.rank == 0 else None
+        found = self.store().newest(than) if world.rank == 0 else None
         path = world.tell(str(found.path if found is not None else "").encode() if world.rank == 0 else None).decode()
         return Checkpoint.open(Path(path)) if path else None
 

@@ -53,7 +53,7 @@ def copied(path, ranks):
 
 @pytest.mark.parametrize("rank", [0, 2, also(1)])
 def test_from_memory(rank, start, static, tmp_path):
-    with start() as job:
+    with start(checkpoint_steps=0) as job:
         run = copied(tmp_path / "r", 3)
         kill(run, rank)
         done = job.wait()
@@ -80,6 +80,20 @@ def test_neighbours_are_lost(recovery, start, static, tmp_path):
     assert all("checkpoints" in event.source for event in again if event.ranks == 2)
     assert again[-1].ranks == 2
     assert not happened(run.path, events.Restarted)
+
+
+def test_a_checkpoint_that_is_newer_than_the_copies(start, static, tmp_path):
+    """Fewer turns are done again."""
+    with start(copy_s=1000, checkpoint_steps=10) as job:
+        run = copied(tmp_path / "r", 3)
+        until(lambda: happened(run.path, events.Checkpointed))
+        kill(run, 1)
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    (again,) = happened(run.path, events.Rewound)
+    assert "checkpoints" in again.source
+    assert again.step >= happened(run.path, events.Checkpointed)[0].step
 
 
 def test_no_checkpoint_yet(start, static, tmp_path):
@@ -154,7 +168,7 @@ if __name__ == "__main__":
 def test_a_loop_without_arrays(start, tmp_path):
     """The function is entered again, and its registered state is put back."""
     (tmp_path / "loop.py").write_text(LOOP.format(deed="pass"))
-    with start(script="loop.py") as job:
+    with start(script="loop.py", checkpoint_steps=0) as job:
         run = copied(tmp_path / "r", 3)
         kill(run, 0)
         done = job.wait()

@@ -277,6 +277,18 @@ def test_order_is_by_loop_and_step(store):
     assert places == [(101, 2), (99, 3), (1, 5), (0, 10**10), (0, 7)]
 
 
+def test_only_newer_ones(store):
+    """Where the newest is damaged, the one before it is, too, or none."""
+    save(store, 100)
+    last = save(store, 200)
+    assert store.newest((0, 200)) is None
+    check(store.newest((0, 199)), 200)
+    assert store.newest((1, 0)) is None
+    (last / "part-1.h5").unlink()
+    assert store.newest((0, 150)) is None
+    check(store.newest((0, 50)), 100)
+
+
 def test_manifest_counts_more_than_name(store):
     old = save(store, 100)
     save(store, 200)
