@@ -16,7 +16,7 @@ from .comm.vendor import Vendor, find_mpiexec
 from .config import Config, build, merge
 from .errors import ConfigError, LaunchError, RunDirectoryError
 from .events import EventLog
-from .rundir import Answer, Launch, RunDirectory
+from .rundir import Answer, Launch, RunDirectory, Status
 
 LOOK_S = 3.0  # ranks show a sign of life each second
 
@@ -115,9 +115,13 @@ def _take_over(run: RunDirectory) -> None:
     for name, _ in run.requests():
         run.answer(name, Answer(accepted=False, text="the run ended before this was read, and is resumed"))
     if status is not None:
-        run.put_status(
-            msgspec.structs.replace(status, state="starting", time=time.time(), ranks=0, members=(), under_way="")
-        )
+        run.put_status(starting(status))
+
+
+def starting(status: Status, title: str = "") -> Status:
+    """Return the status of a job that goes on from where `status` says, and has no ranks yet."""
+    now = {"state": "starting", "time": time.time(), "under_way": title}
+    return msgspec.structs.replace(status, **now, ranks=0, members=(), parked=0, samples_per_s=0.0)
 
 
 def _alive(run: RunDirectory) -> bool:

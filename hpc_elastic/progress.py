@@ -137,7 +137,7 @@ def _parts(status: Status) -> list[str]:
     parts = [
         *far,
         *([f"{status.samples_per_s:,.0f} {status.unit}/s"] if status.samples_per_s else []),
-        f"{status.ranks} rank{'s' if status.ranks != 1 else ''}",
+        *([f"{status.ranks} rank{'s' if status.ranks != 1 else ''}"] if status.ranks else []),
         *([f"{status.parked} parked"] if status.parked else []),
         *(f"{name} {value:.4g}" for name, value in status.metrics.items()),
     ]

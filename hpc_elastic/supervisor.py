@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from . import events, launching
 from .attempt import Attempt, lose
 from .broker.slurm import leases
@@ -313,8 +311,7 @@ class Supervisor:
         log.write(events.Restarted(attempt=attempt, step=last.step, reason=last.reason, wait_s=seconds))
         title = f"restart {number} of {self.config.restarts}"
         if status is not None:
-            now = msgspec.structs.replace(status, state="starting", time=time.time(), ranks=0, members=(), under_way=title)
-            self.run.put_status(now)
+            self.run.put_status(launching.starting(status, title))
         later = f" in {seconds:g} s" if seconds else ""
         self._say(*([] if told else [last.reason]), f"{title}{later}, {self.origin()}")
         deadline = time.monotonic() + seconds
