@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import pytest
@@ -25,20 +26,29 @@ CASES = {
     "recommend": ("jobs.recommend.train", "--batch", 4096, "--epochs", 1),
     "image": ("jobs.image.fit", "--task", "classes", "--model", "cnn", "--batch", 400, "--epochs", 1),
 }
+PREPARATIONS = {
+    "text": lambda folder: prepare_reviews("department", folder / "text-department"),
+    "recommend": lambda folder: prepare_ratings(folder / "recommend"),
+    "image": lambda folder: prepare_images("digits", "classes", folder / "digits-classes"),
+}
 MEASURES = {"text": "accuracy", "recommend": "ndcg@10", "image": "accuracy"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Prepare the data of a case when it is wanted."""
     folder = tmp_path_factory.mktemp("data")
-    prepare_images("digits", "classes", folder / "digits-classes")
-    prepare_ratings(folder / "recommend")
-    prepare_reviews("department", folder / "text-department")
-    return folder
+
+    @functools.cache
+    def prepared(case):
+        PREPARATIONS[case](folder)
+        return folder
+
+    return prepared
 
 
 def run(command, case, data, folder):
-    with Job([*command, "-m", *map(str, CASES[case]), "--folder", str(data)], folder=folder, limit_s=180) as job:
+    with Job([*command, "-m", *map(str, CASES[case]), "--folder", str(data(case))], folder=folder, limit_s=180) as job:
         done = job.wait()
     assert done.code == 0, done.err
     return done
