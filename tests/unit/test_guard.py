@@ -205,16 +205,16 @@ def test_newcomers_that_a_rank_starts_get_the_stderr_of_its_guard(run):
 
 # --- signals, and reasons to end a rank -----------------------------------------------------------------------------------
 
-# Not a shell: it can't trap what its parent ignored, as processes in the background ignore SIGINT and SIGQUIT.
+# Not a shell: it can't trap what its parent ignored, as processes in the background ignore SIGINT and SIGQUIT. It waits for
+# a signal that is blocked: Python calls no handler for one that comes just before `signal.pause`, and would stay there.
 TRAP = """
 import os, signal
-def hear(number, frame):
-    os.write(1, b"heard")
-    os._exit(9)
-signal.signal({number}, hear)
+signal.signal({number}, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [{number}])
 os.write(1, b"ready\\n")
-while True:
-    signal.pause()
+signal.sigwait([{number}])
+os.write(1, b"heard")
+os._exit(9)
 """
 DEAF = "import os, signal; signal.signal(15, signal.SIG_IGN); os.write(1, b'%d\\n' % os.getpid()); signal.pause()"
 
