@@ -186,8 +186,8 @@ class Store:
         CheckpointError
             If this process can't read the newest, for reasons that say nothing about it.
         """
-        for path in sorted(self.all(), key=_true_place, reverse=True):
-            if _true_place(path) <= than:
+        for at, path in sorted(((_true_place(path), path) for path in self.all()), reverse=True):
+            if at <= than:
                 return None
             try:
                 checkpoint = Checkpoint.open(path)
