@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,19 @@ from ..errors import ArrayError, StepError
 from . import gpu
 
 Array = NDArray[Any]
+
+
+def _references(arrays: Collection[Array]) -> int:
+    """Return the most references that there are to one of `arrays`, those of this function included."""
+    return max(sys.getrefcount(array) for array in arrays)
+
+
+UNHELD = _references([np.empty(0)])  # by nobody but the collection
+
+
+def held(arrays: Collection[Array]) -> bool:
+    """Tell whether anybody holds one of `arrays` besides the collection, be it by a part of it, or as a tensor."""
+    return _references(arrays) > UNHELD
 
 
 def view(value: Any) -> Array:

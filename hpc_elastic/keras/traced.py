@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from ..arrays.host import held
 from ..errors import ConfigError
 from . import refused, rules
 from .flat import Flat
 from .tracing import SEEDS, Graph, changed, collecting, loss_of, mix, only, read, seed_words, seeds_of, watched
-from .values import held, lent, loans
+from .values import lent, loans
 
 if TYPE_CHECKING:
     from ..runtime.batches import Microbatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,25 +45,12 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 def loans(arrays: Sequence[Any]) -> list[np.ndarray]:
     """Return views by which memory that is filled again can be `lent`, of read-only arrays too: nothing writes to them.
 
-    Of a view `held` tells whether there still is a tensor, or a variable that keeps that tensor's memory for its value.
+    Of views `arrays.host.held` tells whether there still is a tensor, or a variable that keeps that memory for its value.
     """
     found = [np.asarray(array).view() for array in arrays]
     for view in found:
         view.flags.writeable = True
     return found
-
-
-def _references(arrays: Sequence[np.ndarray]) -> int:
-    """Return the most references that there are to one of `arrays`, those of this function included."""
-    return max(sys.getrefcount(array) for array in arrays)
-
-
-UNHELD = _references([np.empty(0)])  # by nobody but the list
-
-
-def held(views: Sequence[np.ndarray]) -> bool:
-    """Tell whether TensorFlow holds one of the `views`, which nobody else may but their list."""
-    return _references(views) > UNHELD
 
 
 def tensors(values: Any) -> Any:

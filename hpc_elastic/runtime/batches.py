@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import mmap
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.host import Array, held
 from ..errors import StepError
 from ..sampler import random_of
 
 if TYPE_CHECKING:
     from ..sampler import Order
 
-Array = NDArray[Any]
 Fields = Mapping[str, Array]
 Decode = Callable[[dict[str, Array], np.random.Generator], Fields]
 
 WORTH_S = 5e-4  # what takes less is done when it is needed: handing it to a thread and back costs a tenth of this
 
 KEPT = 3  # batches: one that is computed from, one that comes, and one that the last step's variables still hold
-
-
-def _references(batch: dict[str, Array]) -> int:
-    """Return the most references that there are to an array of a batch, those of this function included."""
-    return max(sys.getrefcount(array) for array in batch.values())
-
-
-UNHELD = _references({"probe": np.empty(0)})  # by nobody but the batch
 
 
 def _on_pages(array: Array) -> Array:
@@ -172,7 +163,7 @@ class Batches:
             return self._data.gather(samples)
         n = len(samples)
         for batch in self._batches:
-            if _references(batch) <= UNHELD and all(len(array) >= n for array in batch.values()):
+            if not held(batch.values()) and all(len(array) >= n for array in batch.values()):
                 return self._data.gather(samples, batch)  # type: ignore[call-arg]
         fields = self._data.gather(samples)
         if any(array.base is not None or not array.nbytes or array.dtype.hasobject for array in fields.values()):
