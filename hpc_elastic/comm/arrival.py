@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -207,10 +208,23 @@ class Arrivals:
             faults.at("spawn")
             arrival.line = self._bridge.connect(self._run, arrival.options.member)
             arrival.spawn_s = self._clock() - begun
-        except (MPI.Exception, OSError, JobError) as error:
+        except MPI.Exception as error:
+            arrival.error = self._own_end(arrival) or f"newcomer {arrival.options.member} could not be connected: {error}"
+        except (OSError, JobError) as error:
             arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
         finally:
             connected.set()
+
+    def _own_end(self, arrival: Arrival) -> str:
+        """Return why a newcomer ended whose call has failed, or nothing if it is there.
+
+        The call may have failed because it died, and its guard has still to say so. The leader steps on meanwhile.
+        """
+        for _ in range(round(STANDING_IN_S / LOOK_S)):
+            if (problem := arrival.problem(self._run)) or self._called_off:
+                return problem
+            time.sleep(LOOK_S)
+        return arrival.problem(self._run)
 
     def _limit(self, arrival: Arrival, connected: threading.Event) -> None:
         """End a newcomer that does not come out of MPI_Init: this rank is kept in its call until somebody stands in for it.
