@@ -29,7 +29,7 @@ class Chunks(Protocol):
     count: int
 
     def read(self, chunk: int, out: Bytes) -> None:
-        """Read the samples of a chunk into the first rows of `out`, bytes [length, nbytes of a sample]."""
+        """Read the samples of a chunk to the begin of `out`, which has the bytes of `length` samples."""
         ...
 
 
@@ -62,7 +62,7 @@ class ThroughHdf5:
         start = chunk * self.length
         stop = min(start + self.length, self._file.samples)
         with opened(self._file.path, self._source.descriptor) as file:
-            _view(out[: stop - start], self._field)[...] = file[self._name][start:stop]
+            _view(out, self._field)[: stop - start] = file[self._name][start:stop]
 
 
 class Direct:
@@ -96,18 +96,16 @@ class Direct:
 
     def read(self, chunk: int, out: Bytes) -> None:
         offset, nbytes, skipped = self._places[chunk].tolist()
-        rows = min(self.length, self._samples - chunk * self.length)
         if not nbytes:
-            _view(out[:rows], self._field)[...] = self._fill
+            _view(out, self._field)[:] = self._fill
             return
-        filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1]
-        whole = out.reshape(-1)
-        stored = self._stored[:nbytes] if filters else whole
+        filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1] if skipped else self._filters
+        stored = self._stored[:nbytes] if filters else out
         try:
             got = os.preadv(self._source.descriptor, [stored.data], offset)
-            codecs.decode(stored if got == nbytes else stored[:got], filters, self._itemsize, whole)
+            codecs.decode(stored if got == nbytes else stored[:got], filters, self._itemsize, out)
         except (codecs.DamagedError, OSError) as error:
-            if rows < self.length:  # the last one may be without filters, if that was asked for
+            if self._samples < (chunk + 1) * self.length:  # the last one may be without filters, if that was asked for
                 self._by_hdf5.read(chunk, out)
                 return
             raise ShardError(
@@ -115,5 +113,5 @@ class Direct:
             ) from error
 
 
-def _view(rows: Bytes, field: Field) -> NDArray[Any]:
-    return rows.reshape(-1).view(field.dtype).reshape(len(rows), *field.shape)
+def _view(samples: Bytes, field: Field) -> NDArray[Any]:
+    return samples.view(field.dtype).reshape(-1, *field.shape)

@@ -198,7 +198,8 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         numbers = np.asarray(samples, dtype=np.int64)
         if self._closed:
             raise ShardError(f"the shards were closed ({self.files[0].path}, ...): open them again with open_shards")
-        if len(numbers) and int(np.maximum.reduce(numbers.view(np.uint64))) >= self._length:  # a negative one is huge
+        # As argmin and argmax, which take a quarter of the time of min and max.
+        if len(numbers) and (numbers[numbers.argmin()] < 0 or numbers[numbers.argmax()] >= self._length):
             wrong = numbers[(numbers < 0) | (numbers >= len(self))][0]
             raise ShardError(f"there is no sample {wrong} in this set of {len(self)} ({self.files[0].path}, ...)")
         arrays = {name: _target(name, field, len(numbers), out) for name, field in self.fields.items()}

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from .rows import Bytes, Numbers, copy
 
 WAIT_S = 0.25  # for a chunk that another process is about to read; then it is read twice
 LOOK_S = 0.0005
+NOWHERE = -(1 << 62)  # far below all samples' numbers
 
 Read = Callable[[int, Bytes], None]
 
@@ -37,12 +37,12 @@ class Places(Protocol):
     slots: int
     memory: Bytes
 
-    def missing(self, chunks: Numbers) -> Numbers:
-        """Return those of `chunks` that are not there; the others count as used now."""
+    def use(self, chunks: Numbers) -> None:
+        """Take note that `chunks`, which are there, are used now."""
         ...
 
-    def fetch(self, chunks: Numbers, read: Read) -> None:
-        """Have `chunks` there, at most `slots` of them and each named once."""
+    def fetch(self, chunks: Numbers, read: Read) -> Numbers:
+        """Have `chunks` there, at most `slots` of them and each named once; return those that had to go."""
         ...
 
     def slots_of(self, chunks: Numbers) -> Numbers:
@@ -69,17 +69,18 @@ class Store:
         self._parts = parts
         self._nbytes = nbytes
         self._length = max(part.length for part in parts)
-        self._firsts = np.cumsum([0, *(part.count for part in parts)])
-        self.count = int(self._firsts[-1])
+        self._firsts = np.cumsum([0, *(part.count for part in parts)]).tolist()
+        self._begins = np.concatenate([part.length * np.arange(part.count) for part in parts])  # of each chunk, in its file
+        self.count = len(self._begins)
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()  # one thread may read ahead while another one reads something else
         _stores.add(self)
         self._closed = False
-        self._places: Places = self._of_this_process()
+        self._use(self._of_this_process())
 
     @property
     def _chunk_bytes(self) -> int:
-        return max(1, self._length * self._nbytes)
+        return self._length * self._nbytes
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,6 +91,11 @@ class Store:
         slots = max(1, min(self.count, self._budget_bytes // self._chunk_bytes))
         return Recent(self.count, slots, self._chunk_bytes)
 
+    def _use(self, places: Places) -> None:
+        self._places = places
+        self._rows = places.memory.reshape(-1, self._nbytes)
+        self._shifts = np.full(self.count, NOWHERE)  # of each chunk: from samples' numbers to rows
+
     def share(self, path: Path) -> None:
         """Keep all chunks in the file `path`, in memory, with the other processes of this host.
 
@@ -99,55 +105,63 @@ class Store:
             If the file can't be had, or is not what it should be. Then all stays as it was.
         """
         with self._lock:
-            self._places = Shared(path, *self.shape)
+            self._use(Shared(path, *self.shape))
 
     def unlock(self) -> None:
         """Be as before a read that another process was in."""
         if self._lock.locked():
             self._lock = threading.Lock()
-            self._places = self._of_this_process()
+            self._use(self._of_this_process())
 
     def close(self) -> None:
         """Let go of what is kept."""
         with self._lock:
             self._closed = True
             self._places.close()
+            self._rows = self._rows[:0].copy()
 
     def take(self, part: int, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
-        """Copy the samples `wanted` of a part to the rows `places` of `target`."""
+        """Copy the samples `wanted`, of which there are some, of a part to the rows `places` of `target`."""
         chunks = wanted // self._parts[part].length
+        chunks += self._firsts[part]
         with self._lock:
             if self._closed:
                 raise ShardError("the shards were closed while they were read: open them again with open_shards")
+            rows = self._shifts[chunks]
+            rows += wanted
+            if rows[rows.argmin()] >= 0:
+                self._places.use(chunks)
+                copy(self._rows, rows, target, places)
+                return
             try:
-                self._take(part, chunks, wanted, target, places)
+                self._fetch_and_take(part, chunks, wanted, target, places)
             except NoRoomError:
                 self._places.close()
-                self._places = self._of_this_process()
-                self._take(part, chunks, wanted, target, places)
+                self._use(self._of_this_process())
+                self._fetch_and_take(part, chunks, wanted, target, places)
 
-    def _take(self, part: int, chunks: Numbers, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
-        needed = self._places.missing(chunks + self._firsts[part])
-        if len(needed) == 0:
-            self._copy(part, chunks, wanted, target, places)
-            return
+    def _fetch_and_take(self, part: int, chunks: Numbers, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
         needed = np.unique(chunks)
+        if len(needed) <= self._places.slots:
+            self._fetch(part, needed)
+            copy(self._rows, self._shifts[chunks] + wanted, target, places)
+            return
         for start in range(0, len(needed), self._places.slots):
             group = needed[start : start + self._places.slots]
             some = np.flatnonzero(np.isin(chunks, group))
-            self._places.fetch(group + self._firsts[part], partial(self._read, part))
-            self._copy(part, chunks[some], wanted[some], target, some if places is None else places[some])
+            self._fetch(part, group)
+            copy(self._rows, self._shifts[chunks[some]] + wanted[some], target, some if places is None else places[some])
 
-    def _read(self, part: int, chunk: int, memory: Bytes) -> None:
-        reader = self._parts[part]
-        rows = memory[: reader.length * self._nbytes].reshape(reader.length, self._nbytes)
-        reader.read(chunk - int(self._firsts[part]), rows)
-
-    def _copy(self, part: int, chunks: Numbers, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
-        length = self._parts[part].length
-        rows = self._places.memory[:, : self._length * self._nbytes].reshape(-1, self._nbytes)
-        slots = self._places.slots_of(chunks + self._firsts[part])
-        copy(rows, slots * self._length + (wanted - chunks * length), target, places)
+    def _fetch(self, part: int, chunks: Numbers) -> None:
+        reader, first = self._parts[part], self._firsts[part]
+        nbytes = reader.length * self._nbytes
+        try:
+            gone = self._places.fetch(chunks, lambda chunk, memory: reader.read(chunk - first, memory[:nbytes]))
+        except BaseException:
+            self._shifts[:] = NOWHERE  # some may be gone
+            raise
+        self._shifts[gone] = NOWHERE
+        self._shifts[chunks] = self._places.slots_of(chunks) * self._length - self._begins[chunks]
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -170,24 +184,24 @@ class Recent:
         self.memory: Bytes = np.empty((slots, nbytes), np.uint8)
         self._slot_of = np.full(count, -1)
         self._chunk_in = np.full(slots, -1)
-        self._used = np.zeros(slots, np.int64)  # when, in calls
+        self._used = np.zeros(count, np.int64)  # when, in calls
         self._calls = 0
 
-    def missing(self, chunks: Numbers) -> Numbers:
+    def use(self, chunks: Numbers) -> None:
         self._calls += 1
-        found = self._slot_of[chunks]
-        self._used[found[found >= 0]] = self._calls
-        return chunks[found < 0]
+        self._used[chunks] = self._calls
 
-    def fetch(self, chunks: Numbers, read: Read) -> None:
-        missing = self.missing(chunks)
-        slots = np.argsort(self._used, kind="stable")[: len(missing)]  # those used longest ago
-        away = self._chunk_in[slots]
-        self._slot_of[away[away >= 0]] = -1
-        self._chunk_in[slots], self._used[slots] = -1, 0
+    def fetch(self, chunks: Numbers, read: Read) -> Numbers:
+        self.use(chunks)
+        missing = chunks[self._slot_of[chunks] < 0]
+        empty = self._chunk_in < 0
+        slots = np.argsort(np.where(empty, -1, self._used[self._chunk_in]), kind="stable")[: len(missing)]
+        gone = self._chunk_in[slots[~empty[slots]]]  # those used longest ago
+        self._slot_of[gone] = self._chunk_in[slots] = -1
         for chunk, slot in zip(missing.tolist(), slots.tolist(), strict=True):
             read(chunk, self.memory[slot])
-        self._slot_of[missing], self._chunk_in[slots], self._used[slots] = slots, missing, self._calls
+        self._slot_of[missing], self._chunk_in[slots] = slots, missing
+        return gone
 
     def slots_of(self, chunks: Numbers) -> Numbers:
         return self._slot_of[chunks]
@@ -218,7 +232,11 @@ class Shared:
         self.memory = whole[self._begin :].reshape(count, nbytes)
         self._seen = np.zeros(count, bool)
 
+    def use(self, chunks: Numbers) -> None:
+        """They all stay."""
+
     def missing(self, chunks: Numbers) -> Numbers:
+        """Return those of `chunks` that are not there."""
         missing = chunks[~self._seen[chunks]]
         if len(missing):
             # By system calls, which no processor puts into another order: first the chunk, then the byte.
@@ -227,7 +245,7 @@ class Shared:
             missing = missing[~there[missing]]
         return missing
 
-    def fetch(self, chunks: Numbers, read: Read) -> None:
+    def fetch(self, chunks: Numbers, read: Read) -> Numbers:
         missing = self.missing(chunks).tolist()
         # From different places on, so that processes that need the same chunks share the work.
         begin = os.getpid() % len(missing) if missing else 0
@@ -238,6 +256,7 @@ class Shared:
                 if time.monotonic() > deadline:
                     self._read(chunk, read)
                 time.sleep(LOOK_S)
+        return chunks[:0]
 
     def slots_of(self, chunks: Numbers) -> Numbers:
         return chunks
