@@ -5,6 +5,7 @@ Most are read past HDF5, from where its index says that they are: that holds no 
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -19,6 +20,7 @@ from . import codecs
 from .files import Field, ShardFile, advice, filters_of, opened, same_in_numpy
 from .rows import Bytes
 
+MADV_POPULATE_READ = 22  # Linux 5.14; not in the module mmap
 BLOCK_BYTES = 1 << 20  # read at once from data sets that have no chunks and can't be mapped
 
 
@@ -34,14 +36,40 @@ class Chunks(Protocol):
 
 
 class Opened:
-    """A file to read from."""
+    """A file to read from.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    path : Path
+        Which file.
+    mapped : bool
+        Whether to map it as well, which saves copies and takes another descriptor.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self.descriptor)
+            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ) if mapped else None
         except OSError as error:
             raise ShardError(f"{path} can't be opened, {error.strerror}: {advice(error)}") from error
-        weakref.finalize(self, os.close, self.descriptor)
+        self._bytes = np.frombuffer(self._map or b"", np.uint8)
+
+    def bring(self, offset: int, nbytes: int) -> bool:
+        """Have the kernel read these bytes into its cache; False if the file is not mapped, or they can't be read so."""
+        if self._map is None:
+            return False
+        begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            self._map.madvise(MADV_POPULATE_READ, begin, offset + nbytes - begin)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def bytes_at(self, offset: int, nbytes: int) -> Bytes | None:
+        """Return bytes where they are mapped; None if the file has become too short: touching them would end the process."""
+        end = offset + nbytes
+        return self._bytes[offset:end] if os.fstat(self.descriptor).st_size >= end else None
 
 
 def chunks_of(file: ShardFile, name: str, source: Opened) -> Chunks:
@@ -80,7 +108,8 @@ class Direct:
         self._filters = filters
         self._places = np.zeros((self.count, 3), np.int64)  # offset, bytes and skipped filters of each; no bytes: not there
         data.id.chunk_iter(self._note)
-        self._stored = np.empty(int(self._places[:, 1].max(initial=0)), np.uint8)  # filled again for each chunk
+        self._brought = bytearray(self.count)  # 1: the kernel has read it where the file is mapped
+        self._stored: Bytes | None = None  # for what can't be had there; filled again for each chunk
 
     @classmethod
     def of(cls, file: ShardFile, name: str, source: Opened) -> Direct | None:
@@ -100,10 +129,8 @@ class Direct:
             _view(out, self._field)[:] = self._fill
             return
         filters = [code for i, code in enumerate(self._filters) if not skipped >> i & 1] if skipped else self._filters
-        stored = self._stored[:nbytes] if filters else out
         try:
-            got = os.preadv(self._source.descriptor, [stored.data], offset)
-            codecs.decode(stored if got == nbytes else stored[:got], filters, self._itemsize, out)
+            codecs.decode(self._bytes_of(chunk, offset, nbytes, None if filters else out), filters, self._itemsize, out)
         except (codecs.DamagedError, OSError) as error:
             if self._samples < (chunk + 1) * self.length:  # the last one may be without filters, if that was asked for
                 self._by_hdf5.read(chunk, out)
@@ -111,6 +138,18 @@ class Direct:
             raise ShardError(
                 f"{self._path} is truncated or damaged, copy or pack it again: chunk {chunk} of {self._name!r}, {error}"
             ) from error
+
+    def _bytes_of(self, chunk: int, offset: int, nbytes: int, out: Bytes | None) -> Bytes:
+        """Return a chunk as it is stored, in `out` if that is given."""
+        if out is None and (self._brought[chunk] or self._source.bring(offset, nbytes)):
+            self._brought[chunk] = True
+            if (found := self._source.bytes_at(offset, nbytes)) is not None:
+                return found
+        if out is None:
+            if self._stored is None:
+                self._stored = np.empty(int(self._places[:, 1].max()), np.uint8)
+            out = self._stored[:nbytes]
+        return out[: os.preadv(self._source.descriptor, [out.data], offset)]
 
 
 def _view(samples: Bytes, field: Field) -> NDArray[Any]:

@@ -56,10 +56,10 @@ def _undo(code: int, data: Buffer, itemsize: int, out: Bytes) -> Buffer:
         return np.ascontiguousarray(planes.reshape(itemsize, -1).T).reshape(-1)
     if code == DEFLATE:
         return zlib.decompress(np.frombuffer(data, np.uint8).data, bufsize=len(out))
-    with _own.zstd.stream_reader(data) as reader:
-        length = reader.readinto(out)
-        if length != len(out) or reader.read(1):
-            raise ValueError(f"it has {length} bytes or more instead of {len(out)}")
+    reader = _own.zstd.stream_reader(data)
+    length = reader.readinto(out)
+    if length != len(out) or reader.read(1):
+        raise ValueError(f"it has {length} bytes or more instead of {len(out)}")
     return out
 
 

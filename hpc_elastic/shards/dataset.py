@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -130,7 +131,8 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
     def _opened(self, number: int) -> Opened:
         """Return a file, opened once for all its fields that have chunks."""
         if number not in self._files:
-            self._files[number] = Opened(self.files[number].path)
+            few = len(self.files) <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+            self._files[number] = Opened(self.files[number].path, mapped=few)
         return self._files[number]
 
     def __len__(self) -> int:
@@ -202,8 +204,10 @@ class ShardSet(contextlib.AbstractContextManager["ShardSet"]):
         if len(numbers) and (numbers[numbers.argmin()] < 0 or numbers[numbers.argmax()] >= self._length):
             wrong = numbers[(numbers < 0) | (numbers >= len(self))][0]
             raise ShardError(f"there is no sample {wrong} in this set of {len(self)} ({self.files[0].path}, ...)")
-        arrays = {name: _target(name, field, len(numbers), out) for name, field in self.fields.items()}
-        rows = [rows_of(array, field.nbytes) for array, field in zip(arrays.values(), self.fields.values(), strict=True)]
+        arrays, rows = {}, []
+        for name, field in self.fields.items():
+            arrays[name] = array = _target(name, field, len(numbers), out)
+            rows.append(rows_of(array, field.nbytes))
         for number, places in self._files_of(numbers):
             wanted = numbers if places is None else numbers[places] - self._starts[number]
             for source, target in zip(self._sources[number], rows, strict=True):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ class Field:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one sample."""
         return math.prod(self.shape) * self.dtype.itemsize

@@ -123,7 +123,8 @@ class Store:
     def take(self, part: int, wanted: Numbers, target: Bytes, places: Numbers | None) -> None:
         """Copy the samples `wanted`, of which there are some, of a part to the rows `places` of `target`."""
         chunks = wanted // self._parts[part].length
-        chunks += self._firsts[part]
+        if part:
+            chunks += self._firsts[part]
         with self._lock:
             if self._closed:
                 raise ShardError("the shards were closed while they were read: open them again with open_shards")

@@ -67,16 +67,20 @@ def values(dtype, n, shape):
     n=st.integers(1, 40),
     length=st.integers(1, 40),
     shape=st.sampled_from([(), (3,), (2, 5)]),
+    kernel=st.sampled_from(["new", "old"]),
 )
-def test_chunks_are_read_as_hdf5_reads_them(tmp_path_factory, filters, user_block, dtype, n, length, shape):
+def test_chunks_are_read_as_hdf5_reads_them(tmp_path_factory, filters, user_block, dtype, n, length, shape, kernel):
     path = tmp_path_factory.mktemp("chunks") / "a.h5"
     array = values(dtype, n, shape)
     with h5py.File(path, "w", userblock_size=user_block) as file:
         how = {**COMPRESSIONS, **OTHERS}[filters]
         file.create_dataset("value", data=array, chunks=(min(n, length), *shape), **how)
-    with open_shards(path, cache_bytes=1) as opened:
-        order = RNG.permutation(n)
-        assert opened.gather(order)["value"].tobytes() == array[order].tobytes()
+    with pytest.MonkeyPatch.context() as patch, open_shards(path, cache_bytes=1) as opened:
+        if kernel == "old":
+            patch.setattr(chunked, "MADV_POPULATE_READ", 9999)
+        for _ in range(2):
+            order = RNG.permutation(n)
+            assert opened.gather(order)["value"].tobytes() == array[order].tobytes()
     direct = isinstance(chunked.chunks_of(described(path), "value", chunked.Opened(path)), chunked.Direct)
     assert direct == (filters in COMPRESSIONS)
 
@@ -124,6 +128,56 @@ def test_damaged_chunk(tmp_path, compression, damage):
         with pytest.raises(ShardError, match=r"a\.h5 is truncated or damaged.*chunk 2 of 'value'"):
             opened.gather([250])
         assert opened.gather([1])["value"].shape == (1,)
+
+
+@pytest.mark.parametrize("to_nothing", [True, False])
+def test_file_that_becomes_shorter_while_it_is_mapped(tmp_path, to_nothing):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("value", data=values("u1", 40_000, ()), chunks=(10_000,), **COMPRESSIONS["zstd"])
+        place = data.id.get_chunk_info(2)
+    with open_shards(path, cache_bytes=1) as opened:
+        for sample in (25_000, 1):  # the second pushes the first one out
+            opened.gather([sample])
+        os.truncate(path, 0 if to_nothing else place.byte_offset + place.size // 2)
+        with pytest.raises(ShardError, match=r"a\.h5 is truncated or damaged.*chunk 2 of 'value'"):
+            opened.gather([25_000])
+        if not to_nothing:
+            assert opened.gather([1])["value"].shape == (1,)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=3),
+    slots=st.integers(1, 12),
+    batches=st.lists(st.tuples(st.integers(0, 2**32), st.integers(1, 30), st.booleans()), max_size=12),
+)
+def test_samples_are_right_whatever_is_kept(lengths, slots, batches):
+    """Also after a chunk could not be read, which may have pushed others out."""
+
+    class Part:
+        def __init__(self, samples, length, first):
+            self.length, self.count, self.first = length, -(-samples // length), first
+
+        def read(self, chunk, out):
+            out.view(np.int64)[:] = self.first + chunk * self.length + np.arange(self.length)
+            if bad == (self.first, chunk):
+                raise ShardError("damaged")
+
+    firsts = np.cumsum([0, *(samples for samples, _ in lengths)])
+    parts = [Part(*each, first) for each, first in zip(lengths, firsts[:-1].tolist(), strict=True)]
+    store = kept.Store(parts, 8, slots * 8 * max(length for _, length in lengths))
+    for seed, n, fails in batches:
+        random = np.random.default_rng(seed)
+        part = int(random.integers(len(parts)))
+        wanted = random.integers(0, lengths[part][0], n)
+        target = np.full(n, -1)
+        bad = (parts[part].first, int(random.integers(parts[part].count))) if fails else None
+        try:
+            store.take(part, wanted, target.view(np.uint8).reshape(n, 8), None)
+        except ShardError:
+            assert fails
+        else:
+            assert target.tolist() == (firsts[part] + wanted).tolist()
 
 
 @given(

@@ -132,7 +132,7 @@ def test_no_file_stays_open(mixed):
     opened = open_shards(mixed)
     check(opened, np.arange(100))
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
-    assert descriptors() == before + 1 + 2  # a mapping, and two files with chunks
+    assert descriptors() == before + 1 + 2 * 2  # a mapping, and two files with chunks, which are mapped as well
     opened.close()
     assert descriptors() == before
 
@@ -165,8 +165,15 @@ def test_more_chunked_files_than_a_process_may_open(tmp_path):
     before = descriptors()
     with open_shards(tmp_path) as opened:
         assert len(opened) == 30
-        assert descriptors() == before + 30  # one a file, however many fields it has
+        assert descriptors() == before + 2 * 30  # however many fields a file has: itself, and its mapping
     assert descriptors() == before
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 40, hard))
+    try:
+        with open_shards(tmp_path) as opened:  # not mapped, since they are many for that
+            assert descriptors() == before + 30
+            assert sorted(opened.gather(np.arange(30))["label"].tolist()) == list(range(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_set_outlives_the_replacement_of_its_file(tmp_path):
