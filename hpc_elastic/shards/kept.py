@@ -158,11 +158,11 @@ class Store:
         nbytes = reader.length * self._nbytes
         try:
             gone = self._places.fetch(chunks, lambda chunk, memory: reader.read(chunk - first, memory[:nbytes]))
+            self._shifts[gone] = NOWHERE
+            self._shifts[chunks] = self._places.slots_of(chunks) * self._length - self._begins[chunks]
         except BaseException:
             self._shifts[:] = NOWHERE  # some may be gone
             raise
-        self._shifts[gone] = NOWHERE
-        self._shifts[chunks] = self._places.slots_of(chunks) * self._length - self._begins[chunks]
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
