@@ -23,7 +23,7 @@ from .membership import Membership
 from .plan import Tally
 from .reports import Here
 from .saving import Saving
-from .step import Batch, Step, count_steps
+from .step import Batch, Step, count_steps, without_work
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -226,6 +226,7 @@ class Job:
         order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
+        seen = -1  # the generation of which it was last looked whether all have work
         if hasattr(data, "share_chunks"):
             data.share_chunks(str(self.session.run.path))
 
@@ -238,6 +239,11 @@ class Job:
                 cursor = loop.here.cursor
                 now = at(cursor)
                 assert now is not None
+                leader = self.membership.leader
+                if leader is not None and self.generation.number != seen:
+                    seen = self.generation.number
+                    if idle := without_work(min(batch_of(self.size), len(data)), leaves, self.size):
+                        leader.reports.say(idle)
                 last = now.stop == len(data)
                 after = (
                     Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..config import Config
 from ..errors import ConfigError, LostRank, StepError
+from ..partition import blocks
 from ..sampler import microbatches, steps_per_epoch, without_samples
 from .batches import Batches, Microbatch, Share
 
@@ -230,3 +231,16 @@ def count_steps(samples: int, epochs: int, batch: int, config: Config) -> int:
             f"max = {config.max_ranks} ranks can't share {leaves} microbatches: raise microbatches or lower max"
         )
     return steps_per_epoch(samples, batch)
+
+
+def without_work(size: int, leaves: int, ranks: int) -> str:
+    """Return what to say if some of `ranks` have no sample of a batch of `size`, in `leaves` microbatches; else nothing."""
+    bounds = [(size * low // leaves, size * high // leaves) for low, high in blocks(leaves, ranks)]
+    idle = sum(start == stop for start, stop in bounds)
+    if not idle:
+        return ""
+    if size < leaves:
+        why = f"a batch has {size} samples: take larger batches, or lower max to {size}"
+    else:
+        why = f"a step has {leaves} microbatches: raise microbatches, or lower max to {leaves}"
+    return f"{idle} of {ranks} ranks {'has' if idle == 1 else 'have'} nothing to do, since {why}"
