@@ -312,8 +312,8 @@ class Job:
         return self._here
 
     @property
-    def begins_at(self) -> tuple[int, int]:
-        """Loop and step with which the next loop begins, if the job did not start in this process."""
+    def begins_at(self) -> tuple[int, Cursor]:
+        """Number of the loop that begins next, and its cursor then, if the job did not start in this process."""
         return self._saving.begins_at
 
     def where(self) -> tuple[int, int, int]:

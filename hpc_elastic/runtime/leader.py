@@ -111,7 +111,7 @@ class Leader:
         self._warming.look()
         told = self.inbox.leaving()
         if self.inbox.stops:
-            self.reports.say(f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
+            self.say(here, f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
             return "stop"
         kept = self.keeping.due(here)
         if kept:
@@ -133,8 +133,16 @@ class Leader:
         return None
 
     def _show(self, here: Here) -> None:
-        under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
-        self.reports.status(here, self.world, self.office, "running", under_way)
+        self.reports.status(here, self.world, self.office, "running", self._changing)
+
+    def say(self, here: Here, text: str) -> None:
+        """Say something about the step at hand."""
+        self.reports.record(here, self.world, self.office, "running", self._changing)
+        self.reports.say(text)
+
+    @property
+    def _changing(self) -> str:
+        return f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
 
     def poll(self, here: Here) -> Supply:
         """Ask the broker for the supply, and give back what it granted too late."""
@@ -284,7 +292,7 @@ class Leader:
     def _refused(self, here: Here, resize: Resize, why: str, *, forced: bool) -> None:
         self.reports.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=why))
         if resize.ranks != self.world.size or resize.leavers:
-            self.reports.say(f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {why}")
+            self.say(here, f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {why}")
         if not forced:
             self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
 
@@ -305,6 +313,7 @@ class Leader:
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
             self._await_guards(verdict.lost)
+            self.reports.record(here, self.world, self.office, "running")
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
 

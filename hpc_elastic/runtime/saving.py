@@ -12,6 +12,7 @@ import msgspec
 from .. import events, faults
 from ..errors import CheckpointError
 from ..places import checkpoint_folder
+from ..model import Cursor
 from .plan import Tally
 
 if TYPE_CHECKING:
@@ -171,9 +172,9 @@ class Saving:
         return Checkpoint.open(Path(path)) if path else None
 
     @property
-    def begins_at(self) -> tuple[int, int]:
-        """Loop and step with which the next loop begins."""
-        return self._from.about.place if self._from is not None else (1, 0)
+    def begins_at(self) -> tuple[int, Cursor]:
+        """Number of the loop that begins next, and its cursor then."""
+        return (self._from.about.loop, self._from.about.cursor) if self._from is not None else (1, Cursor())
 
     def restore(self, here: Here) -> Here | None:
         """Return where a loop begins: `here`, or where the checkpoint was made that the run began with; None past it."""

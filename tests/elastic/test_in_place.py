@@ -63,6 +63,8 @@ def test_from_memory(rank, start, static, tmp_path):
     assert (again.source, again.ranks) == ("memory", 2)
     assert 0 < again.step <= again.before
     assert not happened(run.path, events.Restarted)
+    assert "3 -> 2 ranks\n" in done.err
+    assert f"the 2 ranks that are left begin again at step {again.step}, from memory" in done.err
     assert any("replaces what was lost" in event.reason for event in happened(run.path, events.Decided))
 
 

@@ -94,6 +94,17 @@ def test_ranks_killed(ranks, start, check, tmp_path):
 
 def test_a_stall_is_a_loss(start, check, tmp_path):
     with start() as job:
+def test_no_older_step_is_shown_after_a_loss(start, tmp_path):
+    """A supervisor shows the status, so that is of the step that is told, before this is told."""
+    with start(pause_s=1) as job:
+        run = under_way(tmp_path / "r")
+        os.kill(*pids(run, [1]), signal.SIGKILL)
+        until(lambda: "3 -> 2 ranks, going on at step" in job.text()[1])
+        status = run.status()
+        told = int(job.text()[1].split("going on at step ")[1].split()[0])
+    assert (status.ranks, status.step >= told) == (2, True)
+
+
         run = under_way(tmp_path / "r")
         os.kill(*pids(run, [1]), signal.SIGSTOP)
         done = job.wait()
