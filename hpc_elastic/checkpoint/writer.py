@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..adoption import AT_LIMIT
 from ..errors import CheckpointError
 from .manifest import About
 from .parts import Array, Rows
@@ -134,7 +135,14 @@ class Writer:
         self._abandoned.clear()
         arguments = (about, part, tuple(parts), header, arrays, rows, commits)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            text = f"checkpoint {about.name} was not written: {AT_LIMIT}"
+            self._thread = None
+            self._outcomes.append(Outcome(about, None, text, 0.0, 0))
+            if not commits:
+                self._store.give_up(about, part, text)
 
     def done(self) -> list[Outcome]:
         """Return what has come out since the last call."""

@@ -7,11 +7,13 @@ import itertools
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from hpc_elastic import events
 from hpc_elastic.config import FAULT_VARIABLE
+from hpc_elastic.model import Request
 from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import check_ledger, happened, refusals, resizes
@@ -37,11 +39,11 @@ def static(shards, tmp_path_factory):
 def start(shards, tmp_path):
     """Start the job with some ranks, which take time to come, and 4 slots."""
 
-    def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, **settings):
+    def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, before=(), **settings):
         pairs = [part for name, value in {**SETTINGS, **settings}.items() for part in ("--set", f"{name}={value}")]
         given = ["--run-dir", "r", "--ranks", ranks, "--slots", 4, *pairs, *options]
         command = hpc_elastic("run", *given, script, shards, EPOCHS, "--pause", pause_s)
-        return Job(command, folder=tmp_path, environ=environ)
+        return Job([*before, *command], folder=tmp_path, environ=environ)
 
     return begin
 
@@ -209,6 +211,44 @@ def test_one_of_two_newcomers(start, check, tmp_path):
     check(done)
     assert "goes on without one: newcomer 1 was killed by signal 9" in refusals(tmp_path / "r")[0]
     assert resizes(tmp_path / "r")[0].joined == (2,)
+
+
+# Whom a limit of processes binds: not root, but somebody who may write all files.
+USER = 54321
+BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+
+
+def tasks(pids):
+    """Return how many processes and threads that user has among the processes `pids`."""
+    found = 0
+    for pid in pids:
+        process = Path(f"/proc/{pid}")
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == USER:
+                found += len(list((process / "task").iterdir()))
+    return found
+
+
+@pytest.mark.parametrize("more", [0, also(1), also(2)])
+def test_as_many_processes_as_there_may_be(more, start, check, tmp_path):
+    """A newcomer is refused, with the reason in one line, and the job goes on.
+
+    It has no guard, or the guard has no newcomer, or the newcomer has no threads.
+    """
+    if os.geteuid() or subprocess.run([*BOUND, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only root can be another user")
+    environ = {"OPENBLAS_NUM_THREADS": "1"}  # it ends a process that it can't have as many threads in as there are cores
+    with start(ranks=1, before=BOUND, environ=environ, checkpoint_steps=0) as job:
+        run = under_way(tmp_path / "r", 1)
+        most = min(tasks(job.left()) for _ in range(20)) + more
+        subprocess.run([*BOUND, "prlimit", "--pid", *map(str, pids(run, [0])), f"--nproc={most}"], check=True)
+        run.ask(Request("resize", 2))
+        done = job.wait()
+    check(done)
+    assert "as many processes and threads as the user may have: raise that limit (ulimit -u)" in refusals(run.path)[0]
+    assert "Traceback" not in done.err
+    assert not happened(run.path, events.Restarted)
 
 
 # --- signals --------------------------------------------------------------------------------------------------------------
