@@ -171,6 +171,8 @@ class Writer:
         began = time.perf_counter()
         path, error = None, ""
         try:
+            if commits:
+                self._store.discard_older(about)
             self._store.write_part(about, part, header, arrays, rows)
             if commits:
                 self._await(about, parts)

@@ -376,6 +376,8 @@ class Leader:
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
         self.keeping.report()
+        if self.saving is not None:
+            self.saving.clean()
         if self._under_way is not None:
             self._refused(here, self._again(FAREWELL_S).resize, "the job ended before the newcomers were ready", forced=True)
         self.reports.end(here, self.world, self.office, stopped=stopped)

@@ -94,8 +94,6 @@ def test_ranks_killed(ranks, start, check, tmp_path):
     assert sum(len(event.joined) for event in resizes(tmp_path / "r")) == 2 + len(ranks)
 
 
-def test_a_stall_is_a_loss(start, check, tmp_path):
-    with start() as job:
 def test_no_older_step_is_shown_after_a_loss(start, tmp_path):
     """A supervisor shows the status, so that is of the step that is told, before this is told."""
     with start(pause_s=1) as job:
@@ -107,6 +105,8 @@ def test_no_older_step_is_shown_after_a_loss(start, tmp_path):
     assert (status.ranks, status.step >= told) == (2, True)
 
 
+def test_a_stall_is_a_loss(start, check, tmp_path):
+    with start() as job:
         run = under_way(tmp_path / "r")
         os.kill(*pids(run, [1]), signal.SIGSTOP)
         done = job.wait()
@@ -346,18 +346,6 @@ def test_the_checkpoints_folder_is_lost(start, check, tmp_path):
     assert "the job goes on" in done.err
     assert not happened(run.path, events.Checkpointed)[-1].error
     assert not happened(run.path, events.Lost)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system that soon is full."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"only root can mount the small disk: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_the_disk_is_full(start, check, small_disk, tmp_path):

@@ -646,6 +646,17 @@ def test_full_disk(tiny, left):
     assert names(store.folder) == ["00-000000100", "00-000000400"]
 
 
+def test_a_part_that_comes_too_late_takes_no_room(tiny):
+    """Its checkpoint was given up by then; the next one needs the space."""
+    store, big = Store(tiny / "checkpoints"), [np.zeros(1_200_000, np.uint8)]
+    store.write_part(about(100), 1, b"", [], [rows(np.zeros((2, 2_000_000), np.uint8), 1, 2)])
+    writer = Writer(store)
+    writer.write(about(200), 0, [0], b"head", big, [], commits=True)
+    assert writer.wait(LIMIT_S)
+    assert [outcome.error for outcome in writer.done()] == [""]
+    assert names(store.folder) == ["00-000000200"]
+
+
 def test_lost_folder(store):
     save(store, 100)
     shutil.rmtree(store.folder)
