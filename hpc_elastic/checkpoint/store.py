@@ -73,6 +73,7 @@ class Store:
     def give_up(self, about: About, part: int, why: str) -> None:
         """Tell the process that commits that one part will not come; `why` is for people."""
         with contextlib.suppress(OSError):
+            self._unfinished(about).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sign(about, part).touch(mode=0o600)
             self._sign(about, part).write_text(why)
 

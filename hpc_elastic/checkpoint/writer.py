@@ -137,9 +137,13 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:
-            text = f"checkpoint {about.name} was not written: {AT_LIMIT}"
+        except RuntimeError:  # as many as the user may have
             self._thread = None
+            if arguments[2] == (part,):
+                self._run(*arguments)  # training stands still meanwhile
+                return
+            # Not to wait here for the others' parts, which may never come.
+            text = f"checkpoint {about.name} was not written: {AT_LIMIT}"
             self._outcomes.append(Outcome(about, None, text, 0.0, 0))
             if not commits:
                 self._store.give_up(about, part, text)

@@ -288,6 +288,31 @@ def test_whole_numbers():
             whole("job.loop: n", odd)
 
 
+def test_no_thread_to_read_ahead(shards, monkeypatch):
+    """As when the user has as many as there may be: they are made in time, and ahead again when there can be one."""
+    monkeypatch.setattr(batches, "WORTH_S", -1.0)
+    order = Order(N)
+    made, threads, gather = Batches(shards, order), set(), shards.gather
+
+    def noted(*given):
+        threads.add(threading.current_thread())
+        return gather(*given)
+
+    monkeypatch.setattr(shards, "gather", noted)
+    for number, (share, following) in enumerate(shares((0, LEAVES))):
+        with monkeypatch.context() as patch:
+            if number < 3:
+                patch.setattr(threading.Thread, "start", no_thread)
+            check(order, share, take(made, share, following))
+        assert number >= 3 or threads == {threading.current_thread()}
+    made.close()
+    assert len(threads) == 2
+
+
+def no_thread(_):
+    raise RuntimeError("can't start new thread")
+
+
 STEP = " nothing to do, since a step has 4 microbatches: raise microbatches, or lower max to 4"
 BATCH = " nothing to do, since a batch has 3 samples: take larger batches, or lower max to 3"
 
