@@ -216,29 +216,31 @@ class Job:
             If there are fewer samples in a batch than microbatches, more ranks allowed than microbatches, or `wire` is
             something else or given with ``exact=False``.
         """
-        leaves = self.session.config.microbatches
+        leaves, samples = self.session.config.microbatches, len(data)
         epochs = whole("job.steps: epochs", epochs)
+        fixed = 0 if callable(batch) else whole("job.steps: batch", batch)
 
         def batch_of(ranks: int) -> int:
-            return whole("job.steps: batch", batch(ranks) if callable(batch) else batch)
+            return whole("job.steps: batch", batch(ranks)) if callable(batch) else fixed
 
-        per_epoch = count_steps(len(data), epochs, batch_of(1), self.session.config)
-        order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
+        per_epoch = count_steps(samples, epochs, batch_of(1), self.session.config)
+        order = Order(samples, self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
         if hasattr(data, "share_chunks"):
             data.share_chunks(str(self.session.run.path))
 
         def at(cursor: Cursor) -> Batch | None:
-            stop = min(cursor.position + batch_of(self.size), len(data))
-            return Batch(cursor.epoch, cursor.step, cursor.position, stop) if cursor.epoch < epochs else None
+            if cursor.epoch >= epochs:
+                return None
+            return Batch(cursor.epoch, cursor.step, cursor.position, min(cursor.position + batch_of(self.size), samples))
 
         with contextlib.closing(Batches(data, order, decode)) as batches:
             for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
                 cursor = loop.here.cursor
                 now = at(cursor)
                 assert now is not None
-                last = now.stop == len(data)
+                last = now.stop == samples
                 after = (
                     Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)
                 )

@@ -16,6 +16,7 @@ from .inbox import Inbox
 from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports, await_ends
+from .rest import LOOK_S, NO_REST, Rest
 from .underway import Invitations, UnderWay, make_plan
 from .warming import Warming
 
@@ -71,6 +72,7 @@ class Leader:
         self.keeping = Keeping(self)
         self._warming = Warming(self)
         self._next_status = 0.0
+        self._rest = NO_REST
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
@@ -102,7 +104,23 @@ class Leader:
 
         With `hold`, wait for newcomers. `point` and `losses` are what a plan says of the members to newcomers.
         """
-        now, hold = self.session.clock(), self.session.config.hold
+        now = self.session.clock()
+        if self._rest.lasts(now, here, self.world, self._office):
+            return None
+        order = self._look(now, here, point, losses)
+        if order is None and self._under_way is None:
+            self._take_rest(now, here)
+        return order
+
+    def _take_rest(self, now: float, here: Here) -> None:
+        """Leave the turns alone at which nothing can have come up."""
+        step = here.cursor.step
+        if not (self._office.leaving or self.inbox.waits or self.keeping.waits):
+            due = min(self.policy.due(step, self._office.decided), self.broker.due(step), self.keeping.due_step(step))
+            self._rest = Rest(now + LOOK_S, due, here.loop, self.world, self._office)
+
+    def _look(self, now: float, here: Here, point: int, losses: int) -> Plan | str | None:
+        hold = self.session.config.hold
         self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
