@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -246,7 +247,7 @@ class Job:
                 )
                 step = Step(
                     batch=now,
-                    following=at(after),
+                    following=partial(at, after),
                     last=last,
                     leaves=leaves,
                     batches=batches,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from .reports import Here
 
-LOOK_S = 0.02  # what comes from outside, such as requests and free slots, waits for so long at most
+LOOK_S = 0.05  # what comes from outside, such as requests and free slots, waits for so long at most
 
 
 class Rest(NamedTuple):
