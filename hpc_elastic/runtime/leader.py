@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
-GUARDS_WORD_S = 0.1
 FAREWELL_S = 2.0  # that the end waits for newcomers being connected: cut off inside MPI they would look like a crash
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
@@ -322,15 +320,8 @@ class Leader:
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
-            self._await_guards(verdict.lost)
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
-
-    def _await_guards(self, members: tuple[Member, ...]) -> None:
-        """Wait a moment for the guards to say how these have ended: who was there sees a death before its guard does."""
-        until = time.monotonic() + GUARDS_WORD_S
-        while time.monotonic() < until and any(self.session.run.end_of(member.id) is None for member in members):
-            time.sleep(GUARDS_WORD_S / 50)
 
     def how(self, member: Member) -> str:
         """Return how a process ended, for people: as its guard saw it, and what it said itself."""
