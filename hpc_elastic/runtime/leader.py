@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ from .inbox import Inbox
 from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports, await_ends
+from .rest import LOOK_S, NO_REST, Rest
 from .underway import Invitations, UnderWay, make_plan
 from .warming import Warming
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
-GUARDS_WORD_S = 0.1
 FAREWELL_S = 2.0  # that the end waits for newcomers being connected: cut off inside MPI they would look like a crash
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
@@ -71,6 +70,7 @@ class Leader:
         self.keeping = Keeping(self)
         self._warming = Warming(self)
         self._next_status = 0.0
+        self._rest = NO_REST
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
@@ -102,7 +102,23 @@ class Leader:
 
         With `hold`, wait for newcomers. `point` and `losses` are what a plan says of the members to newcomers.
         """
-        now, hold = self.session.clock(), self.session.config.hold
+        now = self.session.clock()
+        if self._rest.lasts(now, here, self.world, self._office):
+            return None
+        order = self._look(now, here, point, losses)
+        if order is None and self._under_way is None:
+            self._take_rest(now, here)
+        return order
+
+    def _take_rest(self, now: float, here: Here) -> None:
+        """Leave the turns alone at which nothing can have come up."""
+        step = here.cursor.step
+        if not (self._office.leaving or self.inbox.waits or self.keeping.waits):
+            due = min(self.policy.due(step, self._office.decided), self.broker.due(step), self.keeping.due_step(step))
+            self._rest = Rest(now + LOOK_S, due, here.loop, self.world, self._office)
+
+    def _look(self, now: float, here: Here, point: int, losses: int) -> Plan | str | None:
+        hold = self.session.config.hold
         self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
@@ -312,16 +328,9 @@ class Leader:
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
-            self._await_guards(verdict.lost)
             self.reports.record(here, self.world, self.office, "running")
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
-
-    def _await_guards(self, members: tuple[Member, ...]) -> None:
-        """Wait a moment for the guards to say how these have ended: who was there sees a death before its guard does."""
-        until = time.monotonic() + GUARDS_WORD_S
-        while time.monotonic() < until and any(self.session.run.end_of(member.id) is None for member in members):
-            time.sleep(GUARDS_WORD_S / 50)
 
     def how(self, member: Member) -> str:
         """Return how a process ended, for people: as its guard saw it, and what it said itself."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .plan import Office, Plan, Tally
     from .session import Session
 
-RECORDED_S, LOOK_S = 0.1, 0.002
+RECORDED_S, LOOK_S = 0.2, 0.002
 POINTS = 256
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

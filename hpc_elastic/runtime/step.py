@@ -71,7 +71,7 @@ class Step:
         self,
         *,
         batch: Batch,
-        following: Batch | None,
+        following: Callable[[], Batch | None],
         leaves: int,
         batches: Batches,
         total: Sum,
@@ -130,8 +130,8 @@ class Step:
         self._added.clear()
         self._sum.drop()
         found = self._batches.take(self._share)
-        if self._batches.slow and self._following is not None:
-            self._batches.begin(self._following.share(self._sum.interval, self._leaves))
+        if self._batches.slow and (following := self._following()) is not None:
+            self._batches.begin(following.share(self._sum.interval, self._leaves))
         self.consumed = [micro.samples for micro in found]
         return found
 
@@ -142,7 +142,7 @@ class Step:
     def exchange(self) -> bool:
         """Do the sum; False if a rank was lost and all since `begin` has to be done anew. Collective."""
         self._now = None
-        missing = [index for index in self.own if index not in self._added]
+        missing = [index for index, _, _ in self._share.cuts if index not in self._added]
         if missing:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
