@@ -44,7 +44,7 @@ LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
 LARGEST = 1 << 18  # bytes that handover.py sends at most
 PIPE, LAST_WORDS = 1 << 16, 4096  # bytes that a pipe holds, and of stderr that are kept
-UNKNOWN = 1 << 8  # the status of exit code 1
+UNKNOWN, UNBORN = 1 << 8, 127 << 8  # as statuses: exit code 1, and a shell's for what can't be started
 LEAVE, STAND_IN = b"\0", b"\1"  # what handover.py is told, before the exit code
 
 
@@ -54,6 +54,7 @@ class Guard:
     def __init__(self, run: str, member: str, path: str = "") -> None:
         self.run, self.member, self.path = run, member, path
         self.began = time.time()
+        self.pid, self.rank = os.getpid(), -1  # of the rank, when there is one
         self.session = -1 if path else int(os.environ.get("PMI_FD", "-1"))
         self.listener: _socket.socket | None = None  # where handover.py comes
         self.caller: _socket.socket | None = None  # handover.py
@@ -85,9 +86,15 @@ class Guard:
             os.close(descriptor)
 
     def fork(self, command: list[str], given: list[int]) -> None:
-        """Start the rank as a child."""
+        """Start the rank as a child; if there can be none, say so as if it had ended."""
         theirs = given[0]
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError as problem:
+            who = f"process {self.member}" if self.member else "somebody to stand in for a newcomer"
+            text = f"{who} can't be started on {os.uname().nodename}: {adoption.why_not(problem)}"
+            self.unsaid = self.words = f"hpc_elastic: {text}\n".encode()
+            return
         if self.pid == 0:
             os.dup2(theirs, 2)
             for descriptor in given[1:]:
@@ -140,8 +147,8 @@ class Guard:
         """Send the rank a signal."""
         try:
             signal.pidfd_send_signal(self.rank, number)
-        except ProcessLookupError:
-            pass  # it has just ended
+        except OSError:
+            pass  # it has just ended, or there was none
 
     def end(self) -> None:
         """End the rank, which may not heed SIGTERM."""
@@ -159,7 +166,7 @@ class Guard:
     def watch(self) -> None:
         """Serve the rank until it has ended."""
         next_look = 0.0
-        while True:
+        while self.rank >= 0:
             sockets = [socket.fileno() for socket in (self.listener, self.door, self.caller) if socket is not None]
             watched = [descriptor for descriptor in (self.rank, self.leader) if descriptor >= 0]
             heard = [self.stderr] if self.stderr >= 0 and len(self.unsaid) < PIPE else []
@@ -297,6 +304,8 @@ class Guard:
 
     def outcome(self) -> tuple[int, int]:
         """Return how the rank ended, as wait(2) says it, and the most memory that it had, in KiB."""
+        if self.rank < 0:
+            return UNBORN, 0
         if self.parent is None:
             _, status, usage = os.wait4(self.pid, 0)
             return status, usage.ru_maxrss

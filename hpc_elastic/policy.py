@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,8 +52,16 @@ def give_back(seen: Observation) -> Resize | None:
     return Resize(ranks, (), f"the broker takes back {revoked} slot{'s' if revoked > 1 else ''}{why}")
 
 
+class ByEvents:
+    """What is decided does not depend on the step."""
+
+    def due(self, step: int, decided: int) -> float:  # noqa: ARG002
+        """Return infinity: see `Policy.due`."""
+        return math.inf
+
+
 @dataclass(frozen=True)
-class Manual:
+class Manual(ByEvents):
     """Does what people ask for."""
 
     def decide(self, seen: Observation) -> Resize | None:
@@ -63,7 +72,7 @@ class Manual:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(ByEvents):
     """Keeps a number of ranks, as soon as they can be had."""
 
     ranks: int
@@ -74,7 +83,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Eager:
+class Eager(ByEvents):
     """Takes what is offered, and gives back what is taken back."""
 
     def decide(self, seen: Observation) -> Resize | None:
@@ -151,6 +160,10 @@ class Timetable:
         nothing = f"{reason} changes nothing: {seen.ranks} ranks, {seen.supply.offered} more can be had"
         # An entry that changes nothing is decided all the same, and refused: the next one must get its turn.
         return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), nothing)
+
+    def due(self, step: int, decided: int) -> float:
+        """Return the step of the next entry, `step` if that has come already; infinity after the last."""
+        return max(step, self.entries[decided].step) if decided < len(self.entries) else math.inf
 
 
 def check(ranks: int, *, leavers: Collection[int], now: int, minimum: int, maximum: int) -> None:

@@ -28,6 +28,10 @@ class Broker(Protocol):
         """Look at the supply, at step `step`, `time_s` seconds into the run; a rank needs up to `peak_bytes` of memory."""
         ...
 
+    def due(self, step: int) -> float:
+        """Return the first step after `step` at which the supply is another by the step alone; infinity if there is none."""
+        ...
+
     def request(self, n: int, deadline_s: float) -> None:
         """Ask for `n` more slots, until `deadline_s` seconds into the run.
 
@@ -46,6 +50,16 @@ class Broker(Protocol):
 
 
 class Policy(Protocol):
-    """Decides on the number of ranks: a pure function of the observation."""
+    """Decides on the number of ranks."""
 
-    def decide(self, seen: Observation) -> Resize | None: ...
+    def decide(self, seen: Observation) -> Resize | None:
+        """Return the resize that is to be, or None: a pure function of the observation."""
+        ...
+
+    def due(self, step: int, decided: int) -> float:
+        """Return the first step after `step` at which it decides otherwise by the step alone; infinity if there is none.
+
+        `decided` is the number of its decisions so far, as in an observation. It is asked at each such step; when anything
+        else has changed a moment later.
+        """
+        ...

@@ -108,7 +108,7 @@ _on_host, _on_gpu = Structure(HOST), Structure(GPU)
 def flatten(tree: Any) -> tuple[list[Array], Structure]:
     """Return the arrays in `tree` (an array, or nested lists, tuples and dicts of them) and how they are nested."""
     if type(tree) is np.ndarray:
-        return [view(tree)], _on_host
+        return [_summable(tree, tree)], _on_host
     if isinstance(tree, Mapping):
         arrays, structure = flatten(list(tree.values()))
         return arrays, Structure("dict", tuple(tree), structure.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from .slots import Slots
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SUPPLY_EVERY_S = 0.02  # worked out at most so often, since it is asked for at every step
 MEMORY_EVERY_S = 1.0
 RESERVE = 0.1  # part of the free memory that is left alone
 
@@ -176,8 +176,6 @@ class LocalBroker:
         self._read_at = clock()
         self._peak_bytes = 0
         self._unseen = 0
-        self._supply: Supply | None = None
-        self._supply_until = 0.0
 
     def _room(self) -> tuple[int, str]:
         offered, why = room(self._machine, self._slot, len(self._slots.leases), self._peak_bytes, self._unseen)
@@ -189,16 +187,16 @@ class LocalBroker:
         now = self._clock()
         if now - self._read_at >= MEMORY_EVERY_S:
             self._machine, self._read_at, self._unseen = self._read(), now, 0
-        elif self._supply is not None and peak_bytes == self._peak_bytes and now < self._supply_until:
-            return self._supply
         self._peak_bytes = peak_bytes
         offered, why = self._room()
-        self._supply, self._supply_until = Supply(offered, self._slots.leases, (), why), now + SUPPLY_EVERY_S
-        return self._supply
+        return Supply(offered, self._slots.leases, (), why)
+
+    def due(self, step: int) -> float:  # noqa: ARG002
+        """Return infinity: steps don't change what there is."""
+        return math.inf
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant `n` slots at once, as far as there is room."""
-        self._supply = None
         before = len(self._slots.leases)
         self._slots.grant(n, self._room()[0])
         self._unseen += len(self._slots.leases) - before
@@ -208,5 +206,4 @@ class LocalBroker:
 
     def release(self, leases: tuple[Lease, ...], bar_s: float = 0.0) -> None:
         """Take `leases` back; their slots are not offered for `bar_s` seconds."""
-        self._supply = None
         self._slots.release(leases, bar_s)

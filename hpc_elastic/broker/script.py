@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,10 @@ class ScriptBroker:
         barred = self._slots.barred
         why += f", {barred} not used for a while: a rank could not start" if barred else ""
         return Supply(max(0, self._total - len(held) - barred), held, revoked, why)
+
+    def due(self, step: int) -> float:
+        """Return the step of the next entry; infinity after the last."""
+        return next((start for start, _ in self.entries if start > step), math.inf)
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant `n` slots at once, as far as the timetable has them."""

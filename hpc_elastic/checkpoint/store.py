@@ -73,6 +73,7 @@ class Store:
     def give_up(self, about: About, part: int, why: str) -> None:
         """Tell the process that commits that one part will not come; `why` is for people."""
         with contextlib.suppress(OSError):
+            self._unfinished(about).mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sign(about, part).touch(mode=0o600)
             self._sign(about, part).write_text(why)
 
@@ -130,6 +131,12 @@ class Store:
         """Remove what there is of the unfinished checkpoint `about`."""
         shutil.rmtree(self._unfinished(about), ignore_errors=True)
 
+    def discard_older(self, about: About) -> None:
+        """Remove what there is of unfinished checkpoints before `about`: parts can come after theirs was given up."""
+        for path in listed(self.folder, UNFINISHED):
+            if place(path) < about.place:
+                shutil.rmtree(path, ignore_errors=True)
+
     def clean(self) -> None:
         """Remove all unfinished checkpoints. For when nobody writes."""
         for path in listed(self.folder, UNFINISHED):
@@ -156,9 +163,8 @@ class Store:
         return _same_job(other.about, about) and not other.problems()
 
     def _prune(self, about: About) -> None:
-        for path in listed(self.folder, UNFINISHED):
-            if place(path) <= about.place:
-                shutil.rmtree(path, ignore_errors=True)
+        self.discard_older(about)
+        self.discard(about)
         others = [path for path in self.all() if path.name != about.name]
         for path in others[: max(0, len(others) + 1 - self._keep)]:
             # Hidden first: half of a checkpoint must not look like one.

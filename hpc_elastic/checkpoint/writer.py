@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..adoption import AT_LIMIT
 from ..errors import CheckpointError
 from .manifest import About
 from .parts import Array, Rows
@@ -134,7 +135,18 @@ class Writer:
         self._abandoned.clear()
         arguments = (about, part, tuple(parts), header, arrays, rows, commits)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # as many as the user may have
+            self._thread = None
+            if arguments[2] == (part,):
+                self._run(*arguments)  # training stands still meanwhile
+                return
+            # Not to wait here for the others' parts, which may never come.
+            text = f"checkpoint {about.name} was not written: {AT_LIMIT}"
+            self._outcomes.append(Outcome(about, None, text, 0.0, 0))
+            if not commits:
+                self._store.give_up(about, part, text)
 
     def done(self) -> list[Outcome]:
         """Return what has come out since the last call."""
@@ -163,6 +175,8 @@ class Writer:
         began = time.perf_counter()
         path, error = None, ""
         try:
+            if commits:
+                self._store.discard_older(about)
             self._store.write_part(about, part, header, arrays, rows)
             if commits:
                 self._await(about, parts)

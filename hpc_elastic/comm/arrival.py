@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from mpi4py import MPI
 
 from .. import faults
-from ..errors import JobError
+from ..adoption import AT_LIMIT
+from ..errors import JobError, LaunchError
 from ..rundir import RunDirectory
 from .bridge import Bridge
 from .liveness import BEATS_EVERY_S, Beats
@@ -66,7 +67,8 @@ class Arrival:
             end = run.end_of(self.options.member)
             how = end.how() if end is not None else "ended"
             words = end.last_words.strip().splitlines()[-1:] if end is not None else []
-            self.error = f"newcomer {self.options.member} {how} before it had joined{': ' + words[0] if words else ''}"
+            said = f": {words[0].removeprefix('hpc_elastic: ')}" if words else ""
+            self.error = f"newcomer {self.options.member} {how} before it had joined{said}"
         return self.error
 
     def end(self) -> None:
@@ -112,8 +114,11 @@ class Arrivals:
         self.all.append(arrival)
         report_file(self._run, arrival.options.member).unlink(missing_ok=True)
         if arrival.tether is None:
-            faults.at("start")
-            arrival.guard = start(self._run, arrival.options)
+            try:
+                faults.at("start")
+                arrival.guard = start(self._run, arrival.options)
+            except (LaunchError, OSError) as problem:
+                arrival.error = str(problem)
         else:
             tether, rank = arrival.tether
             send(tether, rank, WAKE_TAG, arrival.options)
@@ -134,7 +139,7 @@ class Arrivals:
     def problem(self) -> str:
         """Return why the party as a whole can't come, or an empty string."""
         if self._bringing is None:
-            return ""
+            return self._error
         if (failing := self.failing()) or self._error:
             return self._error or failing[0][1]
         if self._party is None and self._clock() - self._brought_s > LONGEST_BRINGING_S:
@@ -180,8 +185,13 @@ class Arrivals:
         """Begin to connect those that are ready, and to form the party."""
         if self._bringing is None:
             self._brought_s = self._clock()
-            self._bringing = threading.Thread(target=self._bring, daemon=True)
-            self._bringing.start()
+            thread = threading.Thread(target=self._bring, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._error = f"the newcomers could not be connected: {AT_LIMIT}"
+            else:
+                self._bringing = thread
 
     def there(self) -> bool:
         """Tell whether the party stands together."""
@@ -203,7 +213,11 @@ class Arrivals:
     def _connect(self, arrival: Arrival) -> None:
         begun = self._clock()
         connected = threading.Event()
-        threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
+        try:
+            threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
+        except RuntimeError:
+            arrival.error = f"newcomer {arrival.options.member} could not be connected: {AT_LIMIT}"
+            return
         try:
             faults.at("spawn")
             arrival.line = self._bridge.connect(self._run, arrival.options.member)
@@ -273,7 +287,7 @@ class Arrivals:
 
     def _send_home(self) -> None:
         for arrival in self.all:
-            if arrival.line is not None or arrival.guard is None:
+            if arrival.line is not None:
                 self._order(arrival, Call(order="go"))
             else:
                 arrival.end()

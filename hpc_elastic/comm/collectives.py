@@ -131,6 +131,8 @@ class Collectives:
     def barrier(self, among: Sequence[int] | None = None) -> None:
         """Wait for all ranks, or for those `among` them: in rounds, each hears of twice as many."""
         ranks = range(self.size) if among is None else among
+        if len(ranks) == 1:
+            return
         place, distance = ranks.index(self.rank), 1
         while distance < len(ranks):
             before, after = ranks[(place - distance) % len(ranks)], ranks[(place + distance) % len(ranks)]

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from .. import places
+from ..adoption import why_not
 from ..config import STDERR_VARIABLE
+from ..errors import LaunchError
 from ..model import LOCALHOST, OWN, Member
 from ..rundir import RunDirectory
 from .messages import Options, options_file
@@ -117,7 +119,11 @@ def start(run: RunDirectory, options: Options) -> Guarded:
     environ = without_session() | ({"CUDA_VISIBLE_DEVICES": options.gpus} if options.gpus else {})
     if options.companion == OWN and options.host in (LOCALHOST, socket.gethostname()):
         stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
-        return Near(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=stderr))
+        try:
+            return Near(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=stderr))
+        except OSError as problem:
+            text = f"newcomer {options.member} can't be started on {HERE}: {why_not(problem)}"
+            raise LaunchError(text) from problem
     environ = portable(environ)
     environ[LEADER_VARIABLE] = str(options.leader.id)
     order = {"command": command, "environ": environ}

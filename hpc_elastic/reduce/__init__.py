@@ -72,12 +72,16 @@ class Sum:
         self._key: Key | None = None
         self._parts: list[Part] = []
         self._added = False  # since the last sum that was done
+        self._among: Ranks | None = None  # whom the interval is of
+        self._interval = (0, 0)
 
     @property
     def interval(self) -> tuple[int, int]:
         """The microbatches of this rank."""
         ranks = self._ranks()
-        return block(self._leaves, ranks.size, ranks.rank)
+        if ranks is not self._among:
+            self._among, self._interval = ranks, block(self._leaves, ranks.size, ranks.rank)
+        return self._interval
 
     def add(self, index: int, values: Any, metrics: dict[str, float], weight: float, sums: Any = None) -> None:
         """Contribute microbatch `index`: floating-point `values` are multiplied by `weight`, integers and `sums` are not."""

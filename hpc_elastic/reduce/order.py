@@ -118,6 +118,9 @@ class TreeSum(Generic[T]):
     def subtrees(self, wanted: Collection[Node]) -> list[T]:
         """Return the values of the subtrees `wanted`, in order: those that tile all that was fed and have a value."""
         stack, found = self._stack, []
+        if len(stack) == len(wanted):  # all that could be combined has been
+            self._stack, self._next = [], self._first
+            return [value for _, value in stack]
         for node in wanted:
             self._stack = [(leaf, value) for leaf, value in stack if node.start <= leaf < node.stop]
             self._settle(node.stop)

@@ -93,6 +93,10 @@ class Share(NamedTuple):
     cuts: tuple[tuple[int, int, int], ...]
 
 
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "hpc_elastic-batches")
+
+
 class Batches:
     """The microbatches of one rank, from `data` in an `order`.
 
@@ -108,7 +112,7 @@ class Batches:
 
     def __init__(self, data: Samples, order: Order, decode: Decode | None = None) -> None:
         self._data, self._order, self._decode = data, order, decode
-        self._threads = ThreadPoolExecutor(1, "hpc_elastic-batches") if getattr(data, "reads_ahead", False) else None
+        self._threads = _one_thread() if getattr(data, "reads_ahead", False) else None
         self._batches: list[dict[str, Array]] = []  # which are filled again when nobody holds them any more
         self._ahead: tuple[Share, Future[list[Microbatch]]] | None = None
         self._took_s = 0.0
@@ -120,9 +124,13 @@ class Batches:
         return self._took_s > WORTH_S and self._threads is not None
 
     def begin(self, share: Share) -> None:
-        """Begin with the microbatches of `share`, which are going to be taken next."""
+        """Begin with the microbatches of `share`, which are going to be taken next; if there can be a thread for that."""
         assert self._threads is not None
-        self._ahead = share, self._threads.submit(self._make, share)
+        try:
+            self._ahead = share, self._threads.submit(self._make, share)
+        except RuntimeError:  # as many as the user may have
+            self._threads.shutdown(cancel_futures=True)  # it has kept what it was given
+            self._threads = _one_thread()
 
     def take(self, share: Share) -> list[Microbatch]:
         """Return the microbatches of `share`."""

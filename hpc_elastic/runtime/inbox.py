@@ -38,6 +38,12 @@ class Inbox:
         """True if a checkpoint was asked for and is not made yet."""
         return self._leader.office.saves
 
+    @property
+    def waits(self) -> bool:
+        """True while something that was asked for is not done yet."""
+        office = self._leader.office
+        return bool(office.stops or office.saves or office.told or office.asked is not None)
+
     def keep(self, **values: Any) -> None:
         """Keep something in the office."""
         self._leader.office = msgspec.structs.replace(self._leader.office, **values)

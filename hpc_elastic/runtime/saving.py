@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 
 from .. import events, faults
 from ..errors import CheckpointError
+from ..model import Cursor
 from ..places import checkpoint_folder
 from .plan import Tally
 
@@ -117,9 +119,11 @@ class Saving:
         """Return where the checkpoints are."""
         from ..checkpoint import Store
 
-        config = self._session.config
-        folder = Path(self._session.script.directory) / checkpoint_folder(config, self._session.run.path)
-        return Store(folder, config.checkpoints_kept)
+        return Store(self._folder, self._session.config.checkpoints_kept)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._session.script.directory) / checkpoint_folder(self._session.config, self._session.run.path)
 
     def copy(self, here: Here) -> None:
         """Keep copies of the state at a step boundary in the ranks' memory. Collective."""
@@ -151,6 +155,12 @@ class Saving:
             if self._membership.bereft():
                 self._writer.abandon()
 
+    def clean(self) -> None:
+        """Remove what is left of checkpoints that were given up. For the job's end, when no rank writes any more."""
+        if self._folder.is_dir():
+            with contextlib.suppress(CheckpointError):
+                self.store().clean()
+
     # --- beginning with one -------------------------------------------------------------------------------------------
 
     def rewind(self) -> str:
@@ -171,9 +181,9 @@ class Saving:
         return Checkpoint.open(Path(path)) if path else None
 
     @property
-    def begins_at(self) -> tuple[int, int]:
-        """Loop and step with which the next loop begins."""
-        return self._from.about.place if self._from is not None else (1, 0)
+    def begins_at(self) -> tuple[int, Cursor]:
+        """Number of the loop that begins next, and its cursor then."""
+        return (self._from.about.loop, self._from.about.cursor) if self._from is not None else (1, Cursor())
 
     def restore(self, here: Here) -> Here | None:
         """Return where a loop begins: `here`, or where the checkpoint was made that the run began with; None past it."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..config import Config
 from ..errors import ConfigError, LostRank, StepError
+from ..partition import blocks
 from ..sampler import microbatches, steps_per_epoch, without_samples
 from .batches import Batches, Microbatch, Share
 
@@ -70,7 +71,7 @@ class Step:
         self,
         *,
         batch: Batch,
-        following: Batch | None,
+        following: Callable[[], Batch | None],
         leaves: int,
         batches: Batches,
         total: Sum,
@@ -129,8 +130,8 @@ class Step:
         self._added.clear()
         self._sum.drop()
         found = self._batches.take(self._share)
-        if self._batches.slow and self._following is not None:
-            self._batches.begin(self._following.share(self._sum.interval, self._leaves))
+        if self._batches.slow and (following := self._following()) is not None:
+            self._batches.begin(following.share(self._sum.interval, self._leaves))
         self.consumed = [micro.samples for micro in found]
         return found
 
@@ -141,7 +142,7 @@ class Step:
     def exchange(self) -> bool:
         """Do the sum; False if a rank was lost and all since `begin` has to be done anew. Collective."""
         self._now = None
-        missing = [index for index in self.own if index not in self._added]
+        missing = [index for index, _, _ in self._share.cuts if index not in self._added]
         if missing:
             raise StepError(f"microbatch {missing[0]} had no step.add: add to every microbatch")
         if self._ledger is not None:
@@ -230,3 +231,16 @@ def count_steps(samples: int, epochs: int, batch: int, config: Config) -> int:
             f"max = {config.max_ranks} ranks can't share {leaves} microbatches: raise microbatches or lower max"
         )
     return steps_per_epoch(samples, batch)
+
+
+def without_work(size: int, leaves: int, ranks: int) -> str:
+    """Return what to say if some of `ranks` have no sample of a batch of `size`, in `leaves` microbatches; else nothing."""
+    bounds = [(size * low // leaves, size * high // leaves) for low, high in blocks(leaves, ranks)]
+    idle = sum(start == stop for start, stop in bounds)
+    if not idle:
+        return ""
+    if size < leaves:
+        why = f"a batch has {size} samples: take larger batches, or lower max to {size}"
+    else:
+        why = f"a step has {leaves} microbatches: raise microbatches, or lower max to {leaves}"
+    return f"{idle} of {ranks} ranks {'has' if idle == 1 else 'have'} nothing to do, since {why}"

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .. import events
 from ..comm.waiting import Lost
 from ..errors import Rewound
@@ -42,12 +44,13 @@ def rewound(job: Job, error: BaseException) -> bool:
             break
     leader = member.leader
     if leader is not None:
-        loop, step = job.begins_at
+        loop, cursor = job.begins_at
         seconds, ranks = time.monotonic() - begun, leader.world.size
         leader.reports.log.write(
-            events.Rewound(loop=loop, step=step, before=before, source=source, seconds=seconds, ranks=ranks)
+            events.Rewound(loop=loop, step=cursor.step, before=before, source=source, seconds=seconds, ranks=ranks)
         )
-        leader.reports.say(f"the {ranks} ranks that are left begin again at step {step}, from {source}")
+        here = msgspec.structs.replace(job.here, cursor=cursor)
+        leader.say(here, f"the {ranks} ranks that are left begin again at step {cursor.step}, from {source}")
     return True
 
 

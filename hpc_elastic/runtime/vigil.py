@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .. import faults
+from ..adoption import AT_LIMIT
 from ..comm.liveness import Liveness, alive
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..comm.wires import Wires
 from ..config import GUARD_VARIABLE, STDERR_VARIABLE
-from ..errors import RunDirectoryError
+from ..errors import LaunchError, RunDirectoryError
 from ..model import Member
 from .standstill import LOOK_S as STANDSTILL_S
 from .standstill import Standstill
@@ -159,8 +160,11 @@ class Vigil:
 
     def start(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         """Give signs of life from now on. `failed` is called once the job has failed, `ends` with why this rank must end."""
-        threading.Thread(target=self._run, args=(ends, failed), daemon=True).start()
-        threading.Thread(target=self._look_at_hosts, args=(ends,), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(ends, failed), daemon=True).start()
+            threading.Thread(target=self._look_at_hosts, args=(ends,), daemon=True).start()
+        except RuntimeError as problem:
+            raise LaunchError(f"process {self.me.id} on {self.me.host} can't start its threads: {AT_LIMIT}") from problem
 
     def _run(self, ends: Callable[[str], None], failed: Callable[[], None]) -> None:
         beat = self._session.run.beat_file(self.me.id)

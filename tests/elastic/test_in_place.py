@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -14,7 +15,7 @@ from hpc_elastic.config import FAULT_VARIABLE
 from ..afterwards import happened
 from ..launch import SCRIPTS, Job, hpc_elastic, until
 from ..rarely import also
-from .test_losses import pids, under_way
+from .test_losses import killed, pids, under_way
 
 SIZE, TURNS, PAUSE_S = 65, 150, 0.02
 SETTINGS = {"stall_s": 4, "deadline_s": 20, "checkpoint_steps": 20, "copy_s": 0.2}
@@ -62,6 +63,8 @@ def test_from_memory(rank, start, static, tmp_path):
     (again,) = happened(run.path, events.Rewound)
     assert (again.source, again.ranks) == ("memory", 2)
     assert 0 < again.step <= again.before
+    assert "3 -> 2 ranks\n" in done.err
+    assert f"the 2 ranks that are left begin again at step {again.step}, from memory" in done.err
     assert not happened(run.path, events.Restarted)
     assert any("replaces what was lost" in event.reason for event in happened(run.path, events.Decided))
 
@@ -94,6 +97,37 @@ def test_a_checkpoint_that_is_newer_than_the_copies(start, static, tmp_path):
     (again,) = happened(run.path, events.Rewound)
     assert "checkpoints" in again.source
     assert again.step >= happened(run.path, events.Checkpointed)[0].step
+
+
+def test_resume_from_a_full_disk(start, static, small_disk, tmp_path):
+    """It begins with the last checkpoint for which there was room, and leaves nothing of the others."""
+    subprocess.run(["mount", "-o", "remount,size=150k", small_disk], check=True)
+    with start(ranks=2, checkpoint_dir=small_disk, checkpoint_steps=10) as job:
+        run = under_way(tmp_path / "r", 2)
+        until(lambda: any(event.error for event in happened(run.path, events.Checkpointed)))
+        killed(job, run)
+    made = happened(run.path, events.Checkpointed)
+    good = [event.path for event in made if not event.error]
+    assert good
+    assert all("the disk is full: free space" in event.error for event in made if event.error)
+    with Job(hpc_elastic("resume", "r", "--ranks", 3), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    (resumed,) = happened(run.path, events.Resumed)
+    assert resumed.path == good[-1]
+    assert sorted(str(path) for path in (small_disk / "r").iterdir()) == good
+
+
+def test_a_part_that_comes_too_late_is_removed(start, static, tmp_path):
+    """The leader has given the checkpoint up by then, for want of room, and there is no other one."""
+    fault = "snapshot:delay=1:rank=1;write:disk-full:role=leader"
+    with start(ranks=2, fault=fault, checkpoint_steps=200, checkpoint_dir=tmp_path / "c") as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sha256") == static
+    assert "failed, the job goes on: checkpoint 01-000000100 was not written" in done.err
+    assert list((tmp_path / "c").glob("r/.*")) == []
 
 
 def test_no_checkpoint_yet(start, static, tmp_path):

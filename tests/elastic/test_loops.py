@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from hpc_elastic.events import Notice
 from hpc_elastic.rundir import RunDirectory
 
-from ..afterwards import refusals, resizes
-from ..launch import Job, hpc_elastic, mpiexec, until
+from ..afterwards import happened, refusals, resizes
+from ..launch import SCRIPTS, Job, hpc_elastic, mpiexec, until
 from ..rarely import also
 
 TWO = """
@@ -130,6 +131,18 @@ def test_newcomer_that_cannot_receive(before, error, tmp_path):
     assert done.code == 0, done.err
     (reason,) = refusals(tmp_path / "r")
     assert error in reason
+
+
+@pytest.mark.parametrize(("microbatches", "said"), [(3, 0), (2, 1)])
+def test_ranks_without_work(microbatches, said, shards, tmp_path):
+    """It is said once what to do about them."""
+    options = ["--run-dir", "r", "--slots", 3, "--timetable", "3:3", "--hold", "--microbatches", microbatches]
+    with Job(hpc_elastic("run", *options, SCRIPTS / "softmax.py", shards, 2), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    text = "1 of 3 ranks has nothing to do, since a step has 2 microbatches: raise microbatches, or lower max to 2\n"
+    assert done.err.count(text) == done.err.count("nothing to do") == said
+    assert [event.text for event in happened(tmp_path / "r", Notice)] == [text.rstrip()] * said
 
 
 def test_run_directory_removed(tmp_path):

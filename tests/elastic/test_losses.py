@@ -7,15 +7,18 @@ import itertools
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from hpc_elastic import events
+from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.config import FAULT_VARIABLE
+from hpc_elastic.model import Request
 from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import check_ledger, happened, refusals, resizes
-from ..launch import SCRIPTS, Job, hpc_elastic, until
+from ..launch import SCRIPTS, Job, hpc_elastic, python, until
 from ..rarely import also
 from ..shards import SAMPLES
 
@@ -37,11 +40,11 @@ def static(shards, tmp_path_factory):
 def start(shards, tmp_path):
     """Start the job with some ranks, which take time to come, and 4 slots."""
 
-    def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, **settings):
+    def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, before=(), **settings):
         pairs = [part for name, value in {**SETTINGS, **settings}.items() for part in ("--set", f"{name}={value}")]
         given = ["--run-dir", "r", "--ranks", ranks, "--slots", 4, *pairs, *options]
         command = hpc_elastic("run", *given, script, shards, EPOCHS, "--pause", pause_s)
-        return Job(command, folder=tmp_path, environ=environ)
+        return Job([*before, *command], folder=tmp_path, environ=environ)
 
     return begin
 
@@ -74,7 +77,7 @@ def pids(run, ranks):
 # --- ranks that die -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [(0,), (2,), (0, 1), also((1,)), also((1, 2))])
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), also((2,)), also((1,)), also((1, 2))])
 def test_ranks_killed(ranks, start, check, tmp_path):
     """The others go on at once, and replacements come; the job waits for these, however busy the machine is."""
     # On a busy machine newcomers are in MPI_Init for seconds, without a sign of life, and must not be ended for that.
@@ -90,6 +93,17 @@ def test_ranks_killed(ranks, start, check, tmp_path):
     assert not happened(tmp_path / "r", events.Restarted)
     assert done.value("ranks") == "3"
     assert sum(len(event.joined) for event in resizes(tmp_path / "r")) == 2 + len(ranks)
+
+
+def test_no_older_step_is_shown_after_a_loss(start, tmp_path):
+    """A supervisor shows the status, so that is of the step that is told, before this is told."""
+    with start(pause_s=1) as job:
+        run = under_way(tmp_path / "r")
+        os.kill(*pids(run, [1]), signal.SIGKILL)
+        until(lambda: "3 -> 2 ranks, going on at step" in job.text()[1])
+        status = run.status()
+        told = int(job.text()[1].split("going on at step ")[1].split()[0])
+    assert (status.ranks, status.step >= told) == (2, True)
 
 
 def test_a_stall_is_a_loss(start, check, tmp_path):
@@ -175,7 +189,7 @@ if "hpc_elastic.worker" in open("/proc/self/cmdline").read() and not os.path.exi
 """
 
 
-@pytest.mark.parametrize("after_s", [0.01, 0.06, also(0.0), also(0.03)])
+@pytest.mark.parametrize("after_s", [0.01, also(0.06), also(0.0), also(0.03)])
 def test_newcomer_that_dies_in_init(after_s, start, check, tmp_path):
     """The leader's call comes to an end all the same; or MPICH crashes in it, and then there is no other rank to go on."""
     script = tmp_path / "script.py"
@@ -200,10 +214,51 @@ def test_one_of_two_newcomers(start, check, tmp_path):
     assert resizes(tmp_path / "r")[0].joined == (2,)
 
 
+# Whom a limit of processes binds: not root, but somebody who may write all files.
+USER = 54321
+BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+
+
+def tasks(pids):
+    """Return how many processes and threads that user has among the processes `pids`."""
+    found = 0
+    for pid in pids:
+        process = Path(f"/proc/{pid}")
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == USER:
+                found += len(list((process / "task").iterdir()))
+    return found
+
+
+@pytest.mark.parametrize("more", [0, also(1), also(2)])
+def test_as_many_processes_as_there_may_be(more, start, check, tmp_path):
+    """A newcomer is refused, with the reason in one line, and the job goes on.
+
+    It has no guard, or the guard has no newcomer, or the newcomer has no threads.
+    """
+    if os.geteuid() or subprocess.run([*BOUND, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("only root can be another user")
+    by_itself = [*BOUND, *python(), "-c", "import os, sys; sys.exit(not os.access(sys.executable, os.X_OK))"]
+    if find_mpiexec()[1].title == "Open MPI" and subprocess.run(by_itself, check=False).returncode:
+        pytest.skip("Open MPI starts nothing that the user could not start without that privilege")
+    environ = {"OPENBLAS_NUM_THREADS": "1"}  # it ends a process that it can't have as many threads in as there are cores
+    with start(ranks=1, before=BOUND, environ=environ, checkpoint_steps=0) as job:
+        run = under_way(tmp_path / "r", 1)
+        most = min(tasks(job.left()) for _ in range(20)) + more
+        subprocess.run([*BOUND, "prlimit", "--pid", *map(str, pids(run, [0])), f"--nproc={most}"], check=True)
+        run.ask(Request("resize", 2))
+        done = job.wait()
+    check(done)
+    assert "as many processes and threads as the user may have: raise that limit (ulimit -u)" in refusals(run.path)[0]
+    assert "Traceback" not in done.err
+    assert not happened(run.path, events.Restarted)
+
+
 # --- signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, also(1)])
 def test_one_rank_told_to_leave(rank, start, check, tmp_path):
     with start() as job:
         run = under_way(tmp_path / "r")
@@ -295,18 +350,6 @@ def test_the_checkpoints_folder_is_lost(start, check, tmp_path):
     assert "the job goes on" in done.err
     assert not happened(run.path, events.Checkpointed)[-1].error
     assert not happened(run.path, events.Lost)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system that soon is full."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"only root can mount the small disk: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_the_disk_is_full(start, check, small_disk, tmp_path):

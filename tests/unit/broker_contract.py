@@ -40,6 +40,13 @@ class BrokerContract:
         supply = self.poll(self.make(3, leases))
         assert (supply.offered, supply.leases) == (1, leases)
 
+    def test_before_its_due_step_the_supply_is_the_same(self):
+        broker = self.make(3)
+        for step in range(20):
+            supply, due = self.poll(broker, step), broker.due(step)
+            assert due > step
+            assert all(self.poll(broker, later) == supply for later in range(step, int(min(due, 30))))
+
     def test_a_request_is_answered_by_the_next_poll(self):
         broker = self.make(3)
         self.poll(broker)

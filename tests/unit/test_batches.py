@@ -11,9 +11,10 @@ import pytest
 
 from hpc_elastic.errors import ConfigError, ShardError, StepError
 from hpc_elastic.model import whole
+from hpc_elastic.partition import blocks
 from hpc_elastic.runtime import batches
 from hpc_elastic.runtime.batches import Batches
-from hpc_elastic.runtime.step import Batch
+from hpc_elastic.runtime.step import Batch, without_work
 from hpc_elastic.sampler import Order
 from hpc_elastic.shards import open_shards, write_shard
 
@@ -285,3 +286,52 @@ def test_whole_numbers():
     for odd in (2.5, "3", None):
         with pytest.raises(ConfigError, match=f"job.loop: n must be an integer, not {odd!r}"):
             whole("job.loop: n", odd)
+
+
+def test_no_thread_to_read_ahead(shards, monkeypatch):
+    """As when the user has as many as there may be: they are made in time, and ahead again when there can be one."""
+    monkeypatch.setattr(batches, "WORTH_S", -1.0)
+    order = Order(N)
+    made, threads, gather = Batches(shards, order), set(), shards.gather
+
+    def noted(*given):
+        threads.add(threading.current_thread())
+        return gather(*given)
+
+    monkeypatch.setattr(shards, "gather", noted)
+    for number, (share, following) in enumerate(shares((0, LEAVES))):
+        with monkeypatch.context() as patch:
+            if number < 3:
+                patch.setattr(threading.Thread, "start", no_thread)
+            check(order, share, take(made, share, following))
+        assert number >= 3 or threads == {threading.current_thread()}
+    made.close()
+    assert len(threads) == 2
+
+
+def no_thread(_):
+    raise RuntimeError("can't start new thread")
+
+
+STEP = " nothing to do, since a step has 4 microbatches: raise microbatches, or lower max to 4"
+BATCH = " nothing to do, since a batch has 3 samples: take larger batches, or lower max to 3"
+
+
+@pytest.mark.parametrize(
+    ("size", "leaves", "ranks", "said"),
+    [
+        (24, 4, 4, ""),
+        (24, 4, 1, ""),
+        (4, 4, 4, ""),
+        (24, 4, 5, "1 of 5 ranks has" + STEP),
+        (24, 4, 9, "5 of 9 ranks have" + STEP),
+        (3, 8, 2, ""),
+        (3, 8, 4, "1 of 4 ranks has" + BATCH),
+    ],
+)
+def test_ranks_without_work(size, leaves, ranks, said):
+    """It is said of just those that have no sample."""
+    assert without_work(size, leaves, ranks) == said
+    idle = sum(not Batch(0, 0, 0, size).share(interval, leaves).cuts for interval in blocks(leaves, ranks))
+    assert said.startswith(f"{idle} of" if idle else "")
+    assert bool(idle) == bool(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -48,6 +49,7 @@ class TestScript(BrokerContract):
 def test_the_script_is_followed():
     broker = ScriptBroker.parse("5:1, 20:3,40:2")
     assert broker.entries == ((5, 1), (20, 3), (40, 2))
+    assert [broker.due(step) for step in (0, 4, 5, 39, 40)] == [5, 5, 20, 40, math.inf]
     for step, offered in ((0, 0), (4, 0), (5, 1), (19, 1), (20, 3), (39, 3), (40, 2), (1000, 2)):
         assert broker.poll(step, 0.0, 1).offered == offered
 

@@ -646,6 +646,39 @@ def test_full_disk(tiny, left):
     assert names(store.folder) == ["00-000000100", "00-000000400"]
 
 
+def test_a_part_that_comes_too_late_takes_no_room(tiny):
+    """Its checkpoint was given up by then; the next one needs the space."""
+    store, big = Store(tiny / "checkpoints"), [np.zeros(1_200_000, np.uint8)]
+    store.write_part(about(100), 1, b"", [], [rows(np.zeros((2, 2_000_000), np.uint8), 1, 2)])
+    writer = Writer(store)
+    writer.write(about(200), 0, [0], b"head", big, [], commits=True)
+    assert writer.wait(LIMIT_S)
+    assert [outcome.error for outcome in writer.done()] == [""]
+    assert names(store.folder) == ["00-000000200"]
+
+
+def test_no_thread_to_write(store, monkeypatch):
+    """As when the user has as many as there may be: a whole checkpoint is written at once, of parts it is said."""
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    writer = Writer(store)
+    writer.write(about(), 0, [0], b"head", weights(100), [rows(GRID, 0, 20)], commits=True)
+    assert not writer.busy
+    (outcome,) = writer.done()
+    assert (outcome.path, outcome.error) == (store.folder / "00-000000100", "")
+    check(store.newest(), 100)
+    for part in (0, 1):
+        writer.write(about(200), part, [0, 1], b"", [], [rows(GRID, 10 * part, 10 * part + 10)], commits=part == 0)
+        (outcome,) = writer.done()
+        assert "as many processes and threads as the user may have: raise that limit" in outcome.error
+    assert store.given_up(about(200), [0, 1]) == outcome.error
+    store.discard(about(200))
+    assert names(store.folder) == ["00-000000100"]
+
+
+def no_thread(_):
+    raise RuntimeError("can't start new thread")
+
+
 def test_lost_folder(store):
     save(store, 100)
     shutil.rmtree(store.folder)

@@ -148,6 +148,40 @@ def test_a_command_that_is_not_there(run):
     assert "/nowhere/python: No such file or directory" in run.end_of(7).last_words
 
 
+# Who is bound by a limit of processes: not root, but somebody who may write all files. A limit of 1 is that process itself.
+USER = "54321"
+BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "prlimit", "--nproc=1"]
+
+
+@pytest.fixture
+def bound():
+    """How a command is begun that can start no process."""
+    if os.geteuid() or done([*BOUND, "true"]).returncode:
+        pytest.skip("only root can be another user")
+    return BOUND
+
+
+@pytest.mark.parametrize("kind", ["seed", "newcomer"])
+def test_a_rank_that_cannot_be_started(run, bound, kind, tmp_path):
+    """The guard says so in one line, as if the rank had."""
+    command = guard(run, "true") if kind == "seed" else warm(run, tmp_path / "door", "true")
+    ended = done([*bound, *command])
+    assert ended.returncode == 127
+    why = "there are as many processes and threads as the user may have: raise that limit (ulimit -u), or lower max"
+    assert ended.stderr == f"hpc_elastic: process 7 can't be started on {HOST}: {why}\n"
+    end = run.end_of(7)
+    assert (end.code, end.signal, end.last_words) == (127, 0, ended.stderr)
+    assert not (tmp_path / "door").exists()
+
+
+def test_the_launcher_of_a_rank_that_cannot_be_started_is_kept_calm(run, bound):
+    with session() as (theirs, heard):
+        environ = {**os.environ, "PMI_FD": str(theirs.fileno())}
+        assert done([*bound, *guard(run, "true")], pass_fds=[theirs.fileno()], env=environ).returncode == 127
+    assert b"".join(heard) == b"cmd=finalize\n"
+
+
 def test_an_end_that_cannot_be_recorded_is_said(run):
     (run.path / "ranks").rename(run.path / "elsewhere")
     ended = done(guard(run, *shell("exit 5")))

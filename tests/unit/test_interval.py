@@ -50,6 +50,18 @@ def test_never_more_often_than_twice_an_interval(steps, durations):
     assert all(after - before >= steps // 2 for before, after in itertools.pairwise(snapshots))
 
 
+@given(st.integers(0, 100), st.integers(0, 1000), st.integers(0, 300), st.none() | st.integers(0, 80))
+def test_the_step_at_which_it_is_due(steps, first, later, writing):
+    interval = Interval(steps, 0.0, first, 0.0)
+    if writing is not None:
+        interval.began(first, 0.0)
+        interval.written(first + writing, 0.0)
+    due = interval.due_step(first + later)
+    assert due >= first + later
+    for step in range(first + later, first + later + 200):
+        assert interval.due(step, 0.0) == (step >= due)
+
+
 def test_seconds():
     interval = Interval(0, 60.0, 0, 1000.0)
     assert [interval.due(0, at) for at in (1000.0, 1029.0, 1030.0)] == [False, False, True]

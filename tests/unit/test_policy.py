@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -243,6 +244,15 @@ def test_an_entry_without_effect_is_decided_all_the_same():
         assert resize is not None
         assert (resize.ranks, resize.leavers) == (2, ())
         assert f"timetable: {text} changes nothing" in resize.reason
+
+
+@given(observations(), policies)
+def test_before_its_due_step_a_policy_decides_alike(now, policy):
+    """So the leader need not ask it, unless something else has changed."""
+    due, undecided = policy.due(now.step, now.decided), policy.decide(now) is None
+    assert due >= now.step
+    for step in range(now.step, min(60, int(min(due, 60)))):
+        assert (policy.decide(msgspec.structs.replace(now, step=step)) is None) == undecided
 
 
 # --- what a resize means --------------------------------------------------------------------------------------------------

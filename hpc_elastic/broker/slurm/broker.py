@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,10 @@ class SlurmBroker:
             why = "; ".join(dict.fromkeys(back.values()))
         pending = sum(self._ranks(state, number) for number in self._awaited)
         return Supply(offered, self._leases, revoked, why, pending, "" if pending else self._refused)
+
+    def due(self, step: int) -> float:  # noqa: ARG002
+        """Return infinity: steps don't change what there is."""
+        return math.inf
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant free slots of this host at once, and ask for companions for the others."""
