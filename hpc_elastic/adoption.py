@@ -8,17 +8,11 @@ import sys
 
 ASK_S, ANSWER_S = 1.0, 2.0  # how long the warm parent may take to fork; to tell how that process has ended
 ANSWER = 1 << 16  # bytes of an answer at most
-AT_LIMIT = "there are as many processes and threads as the user may have: raise that limit (ulimit -u), or lower max"
 
 
 def numbers(data: bytes) -> list[int]:
     """Return the integers in what the kernel says of a socket."""
     return [int.from_bytes(data[at : at + 4], sys.byteorder) for at in range(0, len(data), 4)]
-
-
-def why_not(problem: OSError) -> str:
-    """Return in words why there can't be another process."""
-    return AT_LIMIT if isinstance(problem, BlockingIOError) else f"{problem.strerror}"
 
 
 def request(command: list[str]) -> bytes:

@@ -29,13 +29,14 @@ import sys
 import time
 
 if __package__:
-    from . import adoption
+    from . import adoption, limits
 else:  # run by path: so is what lies beside this file loaded, faster than by importlib
     from _frozen_importlib_external import SourceFileLoader
 
-    adoption = type(sys)("adoption")
-    adoption.__file__ = os.path.join(os.path.dirname(os.path.abspath(__file__)), "adoption.py")
-    SourceFileLoader("adoption", adoption.__file__).exec_module(adoption)
+    adoption, limits = type(sys)("adoption"), type(sys)("limits")
+    for module in (adoption, limits):
+        module.__file__ = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module.__name__}.py")
+        SourceFileLoader(module.__name__, module.__file__).exec_module(module)
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
@@ -92,7 +93,7 @@ class Guard:
             self.pid = os.fork()
         except OSError as problem:
             who = f"process {self.member}" if self.member else "somebody to stand in for a newcomer"
-            text = f"{who} can't be started on {os.uname().nodename}: {adoption.why_not(problem)}"
+            text = f"{who} can't be started on {os.uname().nodename}: {limits.why_not(problem)}"
             self.unsaid = self.words = f"hpc_elastic: {text}\n".encode()
             return
         if self.pid == 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ConfigError, ResizeRefused
 from .model import Observation, Resize
+from .protocols import Stepless
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -52,16 +53,8 @@ def give_back(seen: Observation) -> Resize | None:
     return Resize(ranks, (), f"the broker takes back {revoked} slot{'s' if revoked > 1 else ''}{why}")
 
 
-class ByEvents:
-    """What is decided does not depend on the step."""
-
-    def due(self, step: int, decided: int) -> float:  # noqa: ARG002
-        """Return infinity: see `Policy.due`."""
-        return math.inf
-
-
 @dataclass(frozen=True)
-class Manual(ByEvents):
+class Manual(Stepless):
     """Does what people ask for."""
 
     def decide(self, seen: Observation) -> Resize | None:
@@ -72,7 +65,7 @@ class Manual(ByEvents):
 
 
 @dataclass(frozen=True)
-class Fixed(ByEvents):
+class Fixed(Stepless):
     """Keeps a number of ranks, as soon as they can be had."""
 
     ranks: int
@@ -83,7 +76,7 @@ class Fixed(ByEvents):
 
 
 @dataclass(frozen=True)
-class Eager(ByEvents):
+class Eager(Stepless):
     """Takes what is offered, and gives back what is taken back."""
 
     def decide(self, seen: Observation) -> Resize | None:
@@ -161,7 +154,7 @@ class Timetable:
         # An entry that changes nothing is decided all the same, and refused: the next one must get its turn.
         return bounded(seen, entry.ranks, reason, entry.leavers) or Resize(seen.ranks, (), nothing)
 
-    def due(self, step: int, decided: int) -> float:
+    def next_step(self, step: int, decided: int) -> float:
         """Return the step of the next entry, `step` if that has come already; infinity after the last."""
         return max(step, self.entries[decided].step) if decided < len(self.entries) else math.inf
 

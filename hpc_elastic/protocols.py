@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 from .model import Lease, Observation, Resize, Supply
@@ -28,7 +29,7 @@ class Broker(Protocol):
         """Look at the supply, at step `step`, `time_s` seconds into the run; a rank needs up to `peak_bytes` of memory."""
         ...
 
-    def due(self, step: int) -> float:
+    def next_step(self, step: int) -> float:
         """Return the first step after `step` at which the supply is another by the step alone; infinity if there is none."""
         ...
 
@@ -56,10 +57,18 @@ class Policy(Protocol):
         """Return the resize that is to be, or None: a pure function of the observation."""
         ...
 
-    def due(self, step: int, decided: int) -> float:
-        """Return the first step after `step` at which it decides otherwise by the step alone; infinity if there is none.
+    def next_step(self, step: int, decided: int) -> float:
+        """Return the first step from `step` on at which it decides something by the step alone; infinity if there is none.
 
-        `decided` is the number of its decisions so far, as in an observation. It is asked at each such step; when anything
-        else has changed a moment later.
+        `decided` is the number of its decisions so far, as in an observation. At such a step it is asked; of anything else
+        that changes, it hears a moment later.
         """
         ...
+
+
+class Stepless:
+    """What depends on no step: most brokers and policies."""
+
+    def next_step(self, step: int, decided: int = 0) -> float:  # noqa: ARG002
+        """Return infinity."""
+        return math.inf

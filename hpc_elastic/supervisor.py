@@ -254,8 +254,7 @@ class Supervisor:
     def _clean_checkpoints(self) -> None:
         """Remove what there is of checkpoints that were not finished."""
         folder = Path(self.launch.directory) / checkpoint_folder(self.config, self.run.path)
-        with contextlib.suppress(OSError):
-            Store(folder).clean()
+        Store(folder).clean()
 
     def _never_reached(self, failure: Failure | None, code: int) -> int:
         """Say that no rank came to ``he.run``, which a restart would not change."""

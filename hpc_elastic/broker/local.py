@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ..model import Lease, Supply
+from ..protocols import Stepless
 from .slots import Slots
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def room(machine: Machine, slot: Slot, held: int, peak_bytes: int, unseen: int =
     return max(0, offered), why
 
 
-class LocalBroker:
+class LocalBroker(Stepless):
     """Offers this machine's slots.
 
     Parameters
@@ -190,10 +190,6 @@ class LocalBroker:
         self._peak_bytes = peak_bytes
         offered, why = self._room()
         return Supply(offered, self._slots.leases, (), why)
-
-    def due(self, step: int) -> float:  # noqa: ARG002
-        """Return infinity: steps don't change what there is."""
-        return math.inf
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant `n` slots at once, as far as there is room."""

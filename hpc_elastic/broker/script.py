@@ -67,7 +67,7 @@ class ScriptBroker:
         why += f", {barred} not used for a while: a rank could not start" if barred else ""
         return Supply(max(0, self._total - len(held) - barred), held, revoked, why)
 
-    def due(self, step: int) -> float:
+    def next_step(self, step: int) -> float:
         """Return the step of the next entry; infinity after the last."""
         return next((start for start, _ in self.entries if start > step), math.inf)
 

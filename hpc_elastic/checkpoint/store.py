@@ -61,9 +61,7 @@ class Store:
         CheckpointError
             If an array can't be stored.
         """
-        folder = self._unfinished(about)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = self._folder_of(about)
         sign = folder / f"part-{part}.json"
         sign.unlink(missing_ok=True)
         written = hdf5.write(folder / f"part-{part}.h5", part, header, arrays, rows)
@@ -73,7 +71,7 @@ class Store:
     def give_up(self, about: About, part: int, why: str) -> None:
         """Tell the process that commits that one part will not come; `why` is for people."""
         with contextlib.suppress(OSError):
-            self._unfinished(about).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder_of(about)
             self._sign(about, part).touch(mode=0o600)
             self._sign(about, part).write_text(why)
 
@@ -131,19 +129,25 @@ class Store:
         """Remove what there is of the unfinished checkpoint `about`."""
         shutil.rmtree(self._unfinished(about), ignore_errors=True)
 
-    def discard_older(self, about: About) -> None:
-        """Remove what there is of unfinished checkpoints before `about`: parts can come after theirs was given up."""
-        for path in listed(self.folder, UNFINISHED):
-            if place(path) < about.place:
-                shutil.rmtree(path, ignore_errors=True)
+    def clean(self, but: About | None = None) -> None:
+        """Remove all unfinished checkpoints, `but` this one: parts can come after theirs was given up.
 
-    def clean(self) -> None:
-        """Remove all unfinished checkpoints. For when nobody writes."""
-        for path in listed(self.folder, UNFINISHED):
-            shutil.rmtree(path, ignore_errors=True)
+        As far as that is possible. For when nobody writes another one.
+        """
+        with contextlib.suppress(CheckpointError):
+            for path in listed(self.folder, UNFINISHED):
+                if but is None or path != self._unfinished(but):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _unfinished(self, about: About) -> Path:
         return self.folder / f".{about.name}.unfinished"
+
+    def _folder_of(self, about: About) -> Path:
+        """Return where the checkpoint `about` is written; made if it is not there."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = self._unfinished(about)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
 
     def _written(self, about: About, part: int) -> Part | None:
         """Return what a part holds, or None while it is not complete, or a leftover of other members."""
@@ -163,8 +167,9 @@ class Store:
         return _same_job(other.about, about) and not other.problems()
 
     def _prune(self, about: About) -> None:
-        self.discard_older(about)
-        self.discard(about)
+        for path in listed(self.folder, UNFINISHED):
+            if place(path) <= about.place:  # a leader that leaves can be done with one when the next one has begun
+                shutil.rmtree(path, ignore_errors=True)
         others = [path for path in self.all() if path.name != about.name]
         for path in others[: max(0, len(others) + 1 - self._keep)]:
             # Hidden first: half of a checkpoint must not look like one.

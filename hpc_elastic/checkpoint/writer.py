@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..adoption import AT_LIMIT
 from ..errors import CheckpointError
+from ..limits import AT_LIMIT
 from .manifest import About
 from .parts import Array, Rows
 from .store import Store
@@ -176,7 +176,7 @@ class Writer:
         path, error = None, ""
         try:
             if commits:
-                self._store.discard_older(about)
+                self._store.clean(but=about)
             self._store.write_part(about, part, header, arrays, rows)
             if commits:
                 self._await(about, parts)

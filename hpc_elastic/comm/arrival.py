@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mpi4py import MPI
 
 from .. import faults
-from ..adoption import AT_LIMIT
 from ..errors import JobError, LaunchError
+from ..limits import AT_LIMIT
 from ..rundir import RunDirectory
 from .bridge import Bridge
 from .liveness import BEATS_EVERY_S, Beats
@@ -42,6 +41,7 @@ from .waiting import forsake, send
 LOOK_S = 0.25
 LONGEST_INIT_S = 12.0  # from the handover until MPI_Init has returned
 LONGEST_BRINGING_S = 60.0
+GUARDS_WORD_S = 1.0  # how long a guard may take to say that its newcomer has ended
 STANDING_IN_S = 1.0  # how long somebody may take to stand in for a newcomer that is gone
 
 
@@ -107,7 +107,8 @@ class Arrivals:
         self._beats = beats
         self._next_beats = 0.0
         self._error = ""
-        self._called_off = self._gathering = False
+        self._called_off = threading.Event()
+        self._gathering = False
 
     def add(self, arrival: Arrival) -> None:
         """Bring one more: start it, or wake it."""
@@ -199,9 +200,9 @@ class Arrivals:
 
     def _bring(self) -> None:
         for arrival in self.all:
-            if arrival.line is None and not self._called_off and not any(other.error for other in self.all):
+            if arrival.line is None and not self._called_off.is_set() and not any(other.error for other in self.all):
                 self._connect(arrival)
-        if self._called_off or any(arrival.error for arrival in self.all):
+        if self._called_off.is_set() or any(arrival.error for arrival in self.all):
             self._send_home()
             return
         self._gathering = True
@@ -234,11 +235,11 @@ class Arrivals:
 
         The call may have failed because it died, and its guard has still to say so. The leader steps on meanwhile.
         """
-        for _ in range(round(STANDING_IN_S / LOOK_S)):
-            if (problem := arrival.problem(self._run)) or self._called_off:
-                return problem
-            time.sleep(LOOK_S)
-        return arrival.problem(self._run)
+        until = self._clock() + GUARDS_WORD_S
+        while not (problem := arrival.problem(self._run)) and self._clock() < until:
+            if self._called_off.wait(GUARDS_WORD_S / 50):
+                break
+        return problem
 
     def _limit(self, arrival: Arrival, connected: threading.Event) -> None:
         """End a newcomer that does not come out of MPI_Init: this rank is kept in its call until somebody stands in for it.
@@ -275,7 +276,7 @@ class Arrivals:
 
     def dismiss(self, patience_s: float = 0.0) -> None:
         """Send all away again, without waiting for them; but for `patience_s` seconds for a call of MPI's under way."""
-        self._called_off = True
+        self._called_off.set()
         if self._bringing is not None:
             self._bringing.join(patience_s)
         if self._bringing is not None and self._bringing.is_alive():

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from .. import places
-from ..adoption import why_not
 from ..config import STDERR_VARIABLE
 from ..errors import LaunchError
+from ..limits import why_not
 from ..model import LOCALHOST, OWN, Member
 from ..rundir import RunDirectory
 from .messages import Options, options_file

@@ -41,7 +41,7 @@ class Interval:
             0 < self.seconds <= now_s - self.time_s + min(writing_s, self.seconds / 2)
         )
 
-    def due_step(self, step: int) -> float:
+    def next_step(self, step: int) -> float:
         """Return the first step from `step` on at which a checkpoint is due by the steps; infinity if none is."""
         writing_steps, _ = self._writing or (self.steps, self.seconds)
         return max(step, math.ceil(self.step + self.steps - min(writing_steps, self.steps / 2))) if self.steps else math.inf

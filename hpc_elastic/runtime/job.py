@@ -54,6 +54,7 @@ class Job:
         self._saving = Saving(session, membership)
         self._looping = False
         self._loops = self._entries = 0
+        self._among: World | None = None  # of whom it was last looked whether all have work
         self._here = Here(0, Cursor(), Tally(began=time.time()), 0, 0, "samples")
 
     def begin_again(self) -> str:
@@ -229,7 +230,6 @@ class Job:
         order = Order(samples, self.session.config.seed if seed is None else seed, shuffle, data.chunk_samples)
         total = Sum(leaves, self.membership.joined, exact=exact, wire=wire)
         fingerprint = getattr(data, "fingerprint", "")
-        among: World | None = None  # of whom it was last looked whether all have work
         if hasattr(data, "share_chunks"):
             data.share_chunks(str(self.session.run.path))
 
@@ -244,9 +244,9 @@ class Job:
                 now = at(cursor)
                 assert now is not None
                 leader = self.membership.leader
-                if leader is not None and leader.world is not among:
-                    among = leader.world
-                    if idle := without_work(min(batch_of(among.size), samples), leaves, among.size):
+                if leader is not None and leader.world is not self._among:
+                    self._among = leader.world
+                    if idle := without_work(min(batch_of(self.size), samples), leaves, self.size):
                         leader.reports.say(idle)
                 last = now.stop == samples
                 after = (

@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 
 
 class Keeping:
-    """Says when, for a leader, and tells what became of it."""
+    """Says when, for a leader, and tells what became of it.
+
+    Attributes
+    ----------
+    waits : bool
+        True as long as one that is being written was not told of.
+    """
 
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
         self._interval: Interval | None = None
+        self.waits = False
         self._copied, self._next_copy_s = (0, -1), 0.0  # loop and generation of the last copy; when the next one comes
 
     def due(self, here: Here) -> str:
@@ -31,14 +38,9 @@ class Keeping:
             return "checkpoint"
         return "copy" if self._copy_due(here) else ""
 
-    @property
-    def waits(self) -> bool:
-        """True while a checkpoint is being written."""
-        return self._leader.saving is not None and self._leader.saving.busy
-
-    def due_step(self, step: int) -> float:
-        """Return the first step after `step` at which a checkpoint is due, if none is before by the time."""
-        return self._interval.due_step(step) if self._interval is not None else step
+    def next_step(self, step: int) -> float:
+        """Return the first step from `step` on at which a checkpoint is due by the steps; infinity if none is."""
+        return self._interval.next_step(step) if self._interval is not None else step
 
     def _checkpoint_due(self, here: Here) -> bool:
         """Tell whether a checkpoint is to be made now; one that is still being written has to be done first."""
@@ -47,7 +49,8 @@ class Keeping:
             config, office = leader.session.config, leader.office
             begun = (office.saved_step, office.saved_s) if office.saved_s else (step, now)  # by the leader before
             self._interval = Interval(config.checkpoint_steps, config.checkpoint_s, *begun)
-        if self.report():
+        self.waits = leader.saving is not None and leader.saving.busy
+        if self.report(here):
             self._interval.written(step, now)
         asked, busy = leader.inbox.wants_checkpoint, leader.saving is not None and leader.saving.busy
         if busy or not (asked or self._interval.due(step, now)):
@@ -67,12 +70,12 @@ class Keeping:
         self._copied, self._next_copy_s = (here.loop, number), now + config.copy_s
         return True
 
-    def report(self) -> bool:
+    def report(self, here: Here) -> bool:
         """Tell of the checkpoints that are done, or have failed, and return whether there were any."""
         leader = self._leader
         outcomes = leader.saving.outcomes() if leader.saving is not None else []
         for outcome in outcomes:
             leader.reports.log.write(outcome)
             if outcome.error:
-                leader.reports.say(f"the checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
+                leader.say(here, f"the checkpoint of step {outcome.step} failed, the job goes on: {outcome.error}")
         return bool(outcomes)

@@ -1,4 +1,4 @@
-"""The leader's duties at every turn: the broker, the policy, requests, checkpoints, and the resize under way."""
+"""The leader's duties at a turn: the broker, the policy, requests, checkpoints, and the resize under way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..comm.liveness import Beats, alive
 from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
+from .agreement import END
 from .inbox import Inbox
 from .keeping import Keeping
 from .plan import Office, Plan
@@ -95,7 +96,7 @@ class Leader:
         self.session.run.put(self.session.run.path / "office.json", self._office)
         self._kept = self._office
 
-    # --- at every turn ------------------------------------------------------------------------------------------------
+    # --- at a turn ----------------------------------------------------------------------------------------------------
 
     def turn(self, here: Here, point: int, losses: int) -> Plan | str | None:
         """Look at everything once; return a plan to carry out, "stop", "checkpoint", or None.
@@ -114,8 +115,12 @@ class Leader:
         """Leave the turns alone at which nothing can have come up."""
         step = here.cursor.step
         if not (self._office.leaving or self.inbox.waits or self.keeping.waits):
-            due = min(self.policy.due(step, self._office.decided), self.broker.due(step), self.keeping.due_step(step))
-            self._rest = Rest(now + LOOK_S, due, here.loop, self.world, self._office)
+            next_steps = (
+                self.policy.next_step(step, self._office.decided),
+                self.broker.next_step(step),
+                self.keeping.next_step(step),
+            )
+            self._rest = Rest(now + LOOK_S, min(next_steps), here.loop, self.world, self._office)
 
     def _look(self, now: float, here: Here, point: int, losses: int) -> Plan | str | None:
         hold = self.session.config.hold
@@ -327,8 +332,10 @@ class Leader:
             {a.options.slot for a in self._under_way.arrivals.all} if self._under_way and self._under_way.arrivals else set()
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
+        self.inbox.forget({member.id for member in verdict.lost})
         if verdict.lost:
-            self.reports.record(here, self.world, self.office, "running")
+            if verdict.word != END:  # else the leader before may have said that the job has ended
+                self.reports.record(here, self.world, self.office, "running")
             self.reports.lost(verdict, here, "; ".join(self.how(member) for member in verdict.lost), seconds)
         self._next_status = 0.0
 
@@ -384,9 +391,9 @@ class Leader:
 
     def end(self, here: Here, *, stopped: bool) -> None:
         """Report the end of the job, and send newcomers still under way home."""
-        self.keeping.report()
-        if self.saving is not None:
-            self.saving.clean()
+        self.keeping.report(here)
         if self._under_way is not None:
             self._refused(here, self._again(FAREWELL_S).resize, "the job ended before the newcomers were ready", forced=True)
         self.reports.end(here, self.world, self.office, stopped=stopped)
+        if self.saving is not None:
+            self.saving.store().clean()

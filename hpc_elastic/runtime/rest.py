@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from .reports import Here
 
-LOOK_S = 0.05  # what comes from outside, such as requests and free slots, waits for so long at most
+LOOK_S = 0.05  # by so much later than without a rest is seen what comes from outside, such as requests and free slots
 
 
 class Rest(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from functools import cached_property
 from pathlib import Path
@@ -119,11 +118,9 @@ class Saving:
         """Return where the checkpoints are."""
         from ..checkpoint import Store
 
-        return Store(self._folder, self._session.config.checkpoints_kept)
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self._session.script.directory) / checkpoint_folder(self._session.config, self._session.run.path)
+        config = self._session.config
+        folder = Path(self._session.script.directory) / checkpoint_folder(config, self._session.run.path)
+        return Store(folder, config.checkpoints_kept)
 
     def copy(self, here: Here) -> None:
         """Keep copies of the state at a step boundary in the ranks' memory. Collective."""
@@ -154,12 +151,6 @@ class Saving:
         while self._writer is not None and not self._writer.wait(LOOK_S) and time.monotonic() < until:
             if self._membership.bereft():
                 self._writer.abandon()
-
-    def clean(self) -> None:
-        """Remove what is left of checkpoints that were given up. For the job's end, when no rank writes any more."""
-        if self._folder.is_dir():
-            with contextlib.suppress(CheckpointError):
-                self.store().clean()
 
     # --- beginning with one -------------------------------------------------------------------------------------------
 

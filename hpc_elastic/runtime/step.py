@@ -235,12 +235,12 @@ def count_steps(samples: int, epochs: int, batch: int, config: Config) -> int:
 
 def without_work(size: int, leaves: int, ranks: int) -> str:
     """Return what to say if some of `ranks` have no sample of a batch of `size`, in `leaves` microbatches; else nothing."""
-    bounds = [(size * low // leaves, size * high // leaves) for low, high in blocks(leaves, ranks)]
-    idle = sum(start == stop for start, stop in bounds)
+    empty = without_samples(size, leaves)
+    idle = sum(empty.issuperset(range(low, high)) for low, high in blocks(leaves, ranks))
     if not idle:
         return ""
     if size < leaves:
-        why = f"a batch has {size} samples: take larger batches, or lower max to {size}"
+        why = f"a batch of {ranks} ranks has {size} samples in {leaves} microbatches: take larger batches"
     else:
         why = f"a step has {leaves} microbatches: raise microbatches, or lower max to {leaves}"
     return f"{idle} of {ranks} ranks {'has' if idle == 1 else 'have'} nothing to do, since {why}"

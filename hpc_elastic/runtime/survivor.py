@@ -12,6 +12,7 @@ import msgspec
 from .. import events
 from ..comm.waiting import Lost
 from ..errors import Rewound
+from .plan import Tally
 
 if TYPE_CHECKING:
     from .job import Job
@@ -49,8 +50,11 @@ def rewound(job: Job, error: BaseException) -> bool:
         leader.reports.log.write(
             events.Rewound(loop=loop, step=cursor.step, before=before, source=source, seconds=seconds, ranks=ranks)
         )
-        here = msgspec.structs.replace(job.here, cursor=cursor)
-        leader.say(here, f"the {ranks} ranks that are left begin again at step {cursor.step}, from {source}")
+        text = f"the {ranks} ranks that are left begin again at step {cursor.step}, from {source}"
+        if loop == job.here.loop:
+            leader.say(msgspec.structs.replace(job.here, cursor=cursor, tally=Tally(began=time.time())), text)
+        else:
+            leader.reports.say(text)  # the status is of another loop until that is entered
     return True
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .. import faults
-from ..adoption import AT_LIMIT
 from ..comm.liveness import Liveness, alive
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..comm.wires import Wires
 from ..config import GUARD_VARIABLE, STDERR_VARIABLE
 from ..errors import LaunchError, RunDirectoryError
+from ..limits import AT_LIMIT
 from ..model import Member
 from .standstill import LOOK_S as STANDSTILL_S
 from .standstill import Standstill

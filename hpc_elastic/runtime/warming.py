@@ -32,7 +32,7 @@ class Warming:
         self._modules: dict[str, str] | None = None
 
     def look(self) -> None:
-        """Start it where there is none; called at every turn."""
+        """Start it where there is none; called at the turns that need a look."""
         if self._leader.session.config.warm == "off" or self._leader.office.max_ranks <= self._leader.world.size:
             return
         if self._modules is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -215,7 +216,7 @@ def test_one_of_two_newcomers(start, check, tmp_path):
 
 
 # Whom a limit of processes binds: not root, but somebody who may write all files.
-USER = 54321
+USER = 54322  # not that of other tests
 BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
 BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
 
@@ -243,14 +244,14 @@ def test_as_many_processes_as_there_may_be(more, start, check, tmp_path):
     if find_mpiexec()[1].title == "Open MPI" and subprocess.run(by_itself, check=False).returncode:
         pytest.skip("Open MPI starts nothing that the user could not start without that privilege")
     environ = {"OPENBLAS_NUM_THREADS": "1"}  # it ends a process that it can't have as many threads in as there are cores
-    with start(ranks=1, before=BOUND, environ=environ, checkpoint_steps=0) as job:
+    with start(ranks=1, before=BOUND, environ=environ, checkpoint_steps=0, warm="off") as job:
         run = under_way(tmp_path / "r", 1)
         most = min(tasks(job.left()) for _ in range(20)) + more
         subprocess.run([*BOUND, "prlimit", "--pid", *map(str, pids(run, [0])), f"--nproc={most}"], check=True)
         run.ask(Request("resize", 2))
         done = job.wait()
     check(done)
-    assert "as many processes and threads as the user may have: raise that limit (ulimit -u)" in refusals(run.path)[0]
+    assert "no more processes or threads can be had: raise the limit (ulimit -u" in refusals(run.path)[0]
     assert "Traceback" not in done.err
     assert not happened(run.path, events.Restarted)
 
@@ -269,6 +270,7 @@ def test_one_rank_told_to_leave(rank, start, check, tmp_path):
     left = [event for event in resizes(tmp_path / "r") if event.left]
     assert [run.record(number).member.pid for event in left for number in event.left] == [pid]
     assert not happened(tmp_path / "r", events.Lost)
+    assert json.loads((run.path / "office.json").read_bytes())["told"] == [], "it is done"
 
 
 def test_all_ranks_told_to_leave(start, check, tmp_path):

@@ -40,10 +40,10 @@ class BrokerContract:
         supply = self.poll(self.make(3, leases))
         assert (supply.offered, supply.leases) == (1, leases)
 
-    def test_before_its_due_step_the_supply_is_the_same(self):
+    def test_before_its_next_step_the_supply_is_the_same(self):
         broker = self.make(3)
         for step in range(20):
-            supply, due = self.poll(broker, step), broker.due(step)
+            supply, due = self.poll(broker, step), broker.next_step(step)
             assert due > step
             assert all(self.poll(broker, later) == supply for later in range(step, int(min(due, 30))))
 

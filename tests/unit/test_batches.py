@@ -314,7 +314,7 @@ def no_thread(_):
 
 
 STEP = " nothing to do, since a step has 4 microbatches: raise microbatches, or lower max to 4"
-BATCH = " nothing to do, since a batch has 3 samples: take larger batches, or lower max to 3"
+BATCH = " nothing to do, since a batch of 4 ranks has 3 samples in 8 microbatches: take larger batches"
 
 
 @pytest.mark.parametrize(

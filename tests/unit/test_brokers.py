@@ -43,13 +43,21 @@ class TestScript(BrokerContract):
         return ScriptBroker(((0, total),), leases)
 
 
+def test_a_script_says_when_it_changes():
+    broker = ScriptBroker.parse("0:1,7:3,8:2,20:5")
+    for step in range(30):
+        supply, until = broker.poll(step, 0.0, 1), broker.next_step(step)
+        assert all(broker.poll(later, 0.0, 1) == supply for later in range(step, int(min(until, 40))))
+        assert until == math.inf or broker.poll(int(until), 0.0, 1) != supply
+
+
 # --- the scripted broker --------------------------------------------------------------------------------------------------
 
 
 def test_the_script_is_followed():
     broker = ScriptBroker.parse("5:1, 20:3,40:2")
     assert broker.entries == ((5, 1), (20, 3), (40, 2))
-    assert [broker.due(step) for step in (0, 4, 5, 39, 40)] == [5, 5, 20, 40, math.inf]
+    assert [broker.next_step(step) for step in (0, 4, 5, 39, 40)] == [5, 5, 20, 40, math.inf]
     for step, offered in ((0, 0), (4, 0), (5, 1), (19, 1), (20, 3), (39, 3), (40, 2), (1000, 2)):
         assert broker.poll(step, 0.0, 1).offered == offered
 

@@ -669,7 +669,7 @@ def test_no_thread_to_write(store, monkeypatch):
     for part in (0, 1):
         writer.write(about(200), part, [0, 1], b"", [], [rows(GRID, 10 * part, 10 * part + 10)], commits=part == 0)
         (outcome,) = writer.done()
-        assert "as many processes and threads as the user may have: raise that limit" in outcome.error
+        assert "no more processes or threads can be had: raise the limit" in outcome.error
     assert store.given_up(about(200), [0, 1]) == outcome.error
     store.discard(about(200))
     assert names(store.folder) == ["00-000000100"]

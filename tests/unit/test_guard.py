@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import hpc_elastic
+from hpc_elastic import limits
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory
 from hpc_elastic.warmth import unpacked
@@ -168,7 +169,7 @@ def test_a_rank_that_cannot_be_started(run, bound, kind, tmp_path):
     command = guard(run, "true") if kind == "seed" else warm(run, tmp_path / "door", "true")
     ended = done([*bound, *command])
     assert ended.returncode == 127
-    why = "there are as many processes and threads as the user may have: raise that limit (ulimit -u), or lower max"
+    why = limits.AT_LIMIT
     assert ended.stderr == f"hpc_elastic: process 7 can't be started on {HOST}: {why}\n"
     end = run.end_of(7)
     assert (end.code, end.signal, end.last_words) == (127, 0, ended.stderr)

@@ -56,7 +56,7 @@ def test_the_step_at_which_it_is_due(steps, first, later, writing):
     if writing is not None:
         interval.began(first, 0.0)
         interval.written(first + writing, 0.0)
-    due = interval.due_step(first + later)
+    due = interval.next_step(first + later)
     assert due >= first + later
     for step in range(first + later, first + later + 200):
         assert interval.due(step, 0.0) == (step >= due)

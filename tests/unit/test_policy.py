@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_elastic.errors import ConfigError, ResizeRefused
 from hpc_elastic.model import Lease, Observation, Resize, Supply
-from hpc_elastic.policy import Entry, Fixed, Manual, Timetable, bounded, check, give_back, leaving, newcomers
+from hpc_elastic.policy import Eager, Entry, Fixed, Manual, Timetable, bounded, check, give_back, leaving, newcomers
 
 
 def seen(ranks=2, *, step=0, low=1, high=8, offered=8, revoked=0, decided=0, asked=None, why=""):
@@ -42,7 +42,7 @@ def timetables(draw, most_leavers=3):
     return Timetable(tuple(Entry(step, draw(st.integers(1, 12)), draw(leavers)) for step in steps))
 
 
-policies = st.one_of(st.just(Manual()), st.builds(Fixed, st.integers(1, 12)), timetables())
+policies = st.one_of(st.just(Manual()), st.just(Eager()), st.builds(Fixed, st.integers(1, 12)), timetables())
 
 
 # --- timetables in writing ------------------------------------------------------------------------------------------------
@@ -247,9 +247,9 @@ def test_an_entry_without_effect_is_decided_all_the_same():
 
 
 @given(observations(), policies)
-def test_before_its_due_step_a_policy_decides_alike(now, policy):
+def test_before_its_next_step_a_policy_decides_alike(now, policy):
     """So the leader need not ask it, unless something else has changed."""
-    due, undecided = policy.due(now.step, now.decided), policy.decide(now) is None
+    due, undecided = policy.next_step(now.step, now.decided), policy.decide(now) is None
     assert due >= now.step
     for step in range(now.step, min(60, int(min(due, 60)))):
         assert (policy.decide(msgspec.structs.replace(now, step=step)) is None) == undecided

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...model import LOCALHOST, OWN, Lease, Supply
+from ...protocols import Stepless
 from .companions import Companion, companion_of
 from .desk import Desk, State
 from .room import Room
@@ -44,7 +44,7 @@ class Limits:
     own_host: str = LOCALHOST
 
 
-class SlurmBroker:
+class SlurmBroker(Stepless):
     """Offers slots on this host, as many as a node has ranks, and on idle nodes of the cluster.
 
     Parameters
@@ -101,10 +101,6 @@ class SlurmBroker:
             why = "; ".join(dict.fromkeys(back.values()))
         pending = sum(self._ranks(state, number) for number in self._awaited)
         return Supply(offered, self._leases, revoked, why, pending, "" if pending else self._refused)
-
-    def due(self, step: int) -> float:  # noqa: ARG002
-        """Return infinity: steps don't change what there is."""
-        return math.inf
 
     def request(self, n: int, deadline_s: float) -> None:  # noqa: ARG002
         """Grant free slots of this host at once, and ask for companions for the others."""
