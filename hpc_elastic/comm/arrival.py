@@ -251,7 +251,8 @@ class Arrivals:
             gone = arrival.guard is not None and arrival.guard.poll() is not None
             gone_since = (gone_since or self._clock()) if gone else None
             if gone_since is not None and not given_up and self._clock() - gone_since > STANDING_IN_S:
-                given_up = self._bridge.give_up(self._run, arrival.options.member)
+                with contextlib.suppress(OSError):  # there may be room for another process at the next look
+                    given_up = self._bridge.give_up(self._run, arrival.options.member)
             if not gone and (self._beats.stalled(arrival.options.member) or self._clock() - since > LONGEST_INIT_S):
                 arrival.end()
 
