@@ -242,12 +242,23 @@ def build(*layers: Mapping[str, Any]) -> Config:
     ConfigError
         If a setting is unknown, of the wrong type, or contradicts another.
     """
+    merged = merge(*layers)
     try:
-        config = msgspec.convert(merge(*layers), Config, strict=False)
+        config = msgspec.convert(merged, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"bad setting: {error}") from error
+        raise ConfigError(_wrong(merged, str(error))) from error
     config.check()
     return config
+
+
+def _wrong(merged: Mapping[str, Any], text: str) -> str:
+    """Return what is wrong with a setting, from msgspec's `text` about it."""
+    what, _, path = text.partition(" - at `$.")
+    name = path.rstrip("`").partition("[")[0]
+    (kind,) = [field.type for field in msgspec.inspect.type_info(Config).fields if field.encode_name == name]  # type: ignore[attr-defined]
+    choices = [str(value) for value in getattr(kind, "values", ())]
+    wanted = f"there are {', '.join(choices)}" if choices else what[:1].lower() + what[1:]
+    return f"setting {name} = {merged.get(name)!r}: {wanted}"
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -204,10 +204,10 @@ class Saving:
             ours = ", ".join(name for name in here.names if name not in found.about.names)
             raise CheckpointError(
                 f"checkpoint {found.path} has {theirs or 'nothing'} where the job has {ours or 'nothing'}: it is of another "
-                "job, or the script has changed; start the job in a new run directory, or remove the checkpoint"
+                "job, or the script has changed; start the job in a run directory of another name, or remove the checkpoint"
             )
         if found.about.settings != bits(self._session):
             raise CheckpointError(
                 f"checkpoint {found.path} was made with {found.about.settings}, the job has {bits(self._session)}: other "
-                "bits would come; use the same settings, or start the job in a new run directory"
+                "bits would come; use the same settings, or start the job in a run directory of another name"
             )

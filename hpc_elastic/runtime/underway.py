@@ -225,8 +225,8 @@ def make_plan(leader: Leader, way: UnderWay, here: Here, point: int, losses: int
     )
     if office.told_of_parking and not leader.office.told_of_parking:
         leader.reports.say(
-            "ranks that the launcher started together can't be ended singly: they are put to sleep and come back first; "
-            "start with -n 1 to avoid that"
+            "ranks that were started together can't be ended singly: they are put to sleep and come back first; to avoid "
+            "that, start by hpc-elastic run or mpirun, with -n 1"
         )
     return Plan(
         generation=number,
