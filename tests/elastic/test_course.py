@@ -13,7 +13,7 @@ from hpc_elastic.rundir import RunDirectory
 from ..launch import SCRIPTS, Job, hpc_elastic, until
 from ..tensorboards import scalars
 
-pytest.importorskip("tensorboard")
+pytest.importorskip("tensorboard", reason="comes with TensorFlow, which make setup installs with MPICH only")
 
 EPOCHS = 8
 

@@ -20,6 +20,7 @@ from hpc_elastic.rundir import RunDirectory
 
 from ..afterwards import check_ledger, happened, refusals, resizes
 from ..launch import SCRIPTS, Job, hpc_elastic, python, until
+from ..other_user import as_user
 from ..rarely import also
 from ..shards import SAMPLES
 
@@ -215,10 +216,7 @@ def test_one_of_two_newcomers(start, check, tmp_path):
     assert resizes(tmp_path / "r")[0].joined == (2,)
 
 
-# Whom a limit of processes binds: not root, but somebody who may write all files.
-USER = 54322  # not that of other tests
-BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+USER = 54322
 
 
 def tasks(pids):
@@ -238,16 +236,15 @@ def test_as_many_processes_as_there_may_be(more, start, check, tmp_path):
 
     It has no guard, or the guard has no newcomer, or the newcomer has no threads.
     """
-    if os.geteuid() or subprocess.run([*BOUND, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("only root can be another user")
-    by_itself = [*BOUND, *python(), "-c", "import os, sys; sys.exit(not os.access(sys.executable, os.X_OK))"]
+    bound = as_user(USER)
+    by_itself = [*bound, *python(), "-c", "import os, sys; sys.exit(not os.access(sys.executable, os.X_OK))"]
     if find_mpiexec()[1].title == "Open MPI" and subprocess.run(by_itself, check=False).returncode:
         pytest.skip("Open MPI starts nothing that the user could not start without that privilege")
     environ = {"OPENBLAS_NUM_THREADS": "1"}  # it ends a process that it can't have as many threads in as there are cores
-    with start(ranks=1, before=BOUND, environ=environ, checkpoint_steps=0, warm="off") as job:
+    with start(ranks=1, before=bound, environ=environ, checkpoint_steps=0, warm="off") as job:
         run = under_way(tmp_path / "r", 1)
         most = min(tasks(job.left()) for _ in range(20)) + more
-        subprocess.run([*BOUND, "prlimit", "--pid", *map(str, pids(run, [0])), f"--nproc={most}"], check=True)
+        subprocess.run([*bound, "prlimit", "--pid", *map(str, pids(run, [0])), f"--nproc={most}"], check=True)
         run.ask(Request("resize", 2))
         done = job.wait()
     check(done)

@@ -21,6 +21,8 @@ from hpc_elastic.model import Member
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory
 from hpc_elastic.warmth import unpacked
 
+from ..other_user import as_user
+
 PACKAGE = Path(hpc_elastic.__file__).parent
 PYTHON = [sys.executable, "-I", "-S"]
 LIMIT_S = 30
@@ -149,18 +151,10 @@ def test_a_command_that_is_not_there(run):
     assert "/nowhere/python: No such file or directory" in run.end_of(7).last_words
 
 
-# Who is bound by a limit of processes: not root, but somebody who may write all files. A limit of 1 is that process itself.
-USER = "54321"
-BOUND = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-BOUND += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "prlimit", "--nproc=1"]
-
-
 @pytest.fixture
 def bound():
-    """How a command is begun that can start no process."""
-    if os.geteuid() or done([*BOUND, "true"]).returncode:
-        pytest.skip("only root can be another user")
-    return BOUND
+    """How a command is begun that can start no process: the one that there may be is that itself."""
+    return [*as_user(54321), "prlimit", "--nproc=1"]
 
 
 @pytest.mark.parametrize("kind", ["seed", "newcomer"])
