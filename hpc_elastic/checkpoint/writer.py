@@ -133,13 +133,14 @@ class Writer:
         if self.busy:
             raise CheckpointError(f"checkpoint {about.name}: the one before is still being written; ask `busy` first")
         self._abandoned.clear()
-        arguments = (about, part, tuple(parts), header, arrays, rows, commits)
+        parts = tuple(parts)
+        arguments = (about, part, parts, header, arrays, rows, commits)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         try:
             self._thread.start()
         except RuntimeError:  # as many as the user may have
             self._thread = None
-            if arguments[2] == (part,):
+            if parts == (part,):
                 self._run(*arguments)  # training stands still meanwhile
                 return
             # Not to wait here for the others' parts, which may never come.

@@ -214,19 +214,20 @@ class Arrivals:
     def _connect(self, arrival: Arrival) -> None:
         begun = self._clock()
         connected = threading.Event()
+        failed = f"newcomer {arrival.options.member} could not be connected"
         try:
             threading.Thread(target=self._limit, args=(arrival, connected), daemon=True).start()
         except RuntimeError:
-            arrival.error = f"newcomer {arrival.options.member} could not be connected: {AT_LIMIT}"
+            arrival.error = f"{failed}: {AT_LIMIT}"
             return
         try:
             faults.at("spawn")
             arrival.line = self._bridge.connect(self._run, arrival.options.member)
             arrival.spawn_s = self._clock() - begun
         except MPI.Exception as error:
-            arrival.error = self._own_end(arrival) or f"newcomer {arrival.options.member} could not be connected: {error}"
+            arrival.error = self._own_end(arrival) or f"{failed}: {error}"
         except (OSError, JobError) as error:
-            arrival.error = f"newcomer {arrival.options.member} could not be connected: {error}"
+            arrival.error = f"{failed}: {error}"
         finally:
             connected.set()
 

@@ -48,10 +48,6 @@ class Inbox:
         """Keep something in the office."""
         self._leader.office = msgspec.structs.replace(self._leader.office, **values)
 
-    def forget(self, members: set[int]) -> None:
-        """Forget that these processes, which are gone, were told to leave."""
-        self.keep(told=tuple(number for number in self._leader.office.told if number not in members))
-
     def look(self, here: Here) -> None:
         """Read what has come."""
         now, session = self._leader.session.clock(), self._leader.session

@@ -332,7 +332,7 @@ class Leader:
             {a.options.slot for a in self._under_way.arrivals.all} if self._under_way and self._under_way.arrivals else set()
         )
         self._invitations.release({lease.slot for lease in self.office.leases} - used)
-        self.inbox.forget({member.id for member in verdict.lost})
+        self.inbox.keep(told=self.office.told_but([member.id for member in verdict.lost]))
         if verdict.lost:
             if verdict.word != END:  # else the leader before may have said that the job has ended
                 self.reports.record(here, self.world, self.office, "running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Self
 
 import msgspec
@@ -43,6 +44,10 @@ class Office(msgspec.Struct, frozen=True, kw_only=True):
     saved_step: int = 0
     saved_s: float = 0.0
     told: tuple[int, ...] = ()
+
+    def told_but(self, gone: Collection[int]) -> tuple[int, ...]:
+        """Return whom it was told to leave, but those that are `gone`."""
+        return tuple(number for number in self.told if number not in gone)
 
 
 class Sums(msgspec.Struct, frozen=True, kw_only=True):

@@ -218,7 +218,7 @@ def make_plan(leader: Leader, way: UnderWay, here: Here, point: int, losses: int
         decided=leader.office.decided + (not way.forced),
         asked=leader.office.asked if way.forced else None,
         leaving=(*leader.office.leaving, *(old.members[rank] for rank in way.leavers)),
-        told=tuple(number for number in leader.office.told if number not in {old.members[rank].id for rank in way.leavers}),
+        told=leader.office.told_but([old.members[rank].id for rank in way.leavers]),
         parked=parked + tuple(Parked(old.members[rank], number, rank) for rank in parks),
         told_of_parking=leader.office.told_of_parking or bool(parks),
         peak_bytes=max([leader.office.peak_bytes, peak_bytes(), *(report.peak_bytes for report in reports)]),
