@@ -68,8 +68,6 @@ def be_born(newborn: Newborn) -> None:
     os.environ[START_VARIABLE] += " warm"
     os.umask(asked.umask)
     os.chdir(asked.directory)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
     reseed()
     sys.argv[:] = [WORKER, *asked.arguments]
     sys.modules["__main__"] = ModuleType("__main__")

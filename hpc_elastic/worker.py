@@ -29,13 +29,14 @@ from .errors import Retired  # noqa: E402
 from .model import Member  # noqa: E402
 from .rundir import RunDirectory  # noqa: E402
 from .runtime.failing import turn_back  # noqa: E402
-from .runtime.launch import be_newcomer, has_run  # noqa: E402
+from .runtime.launch import be_newcomer, has_run, print_whole_lines  # noqa: E402
 from .runtime.session import Script, Session, unpacked  # noqa: E402
 
 
 def main() -> None:
     """Be a newcomer."""
     faulthandler.register(signal.SIGQUIT)
+    print_whole_lines()
     if len(sys.argv) != 3 or DOOR_VARIABLE not in os.environ:  # noqa: PLR2004
         sys.exit("hpc_elastic.worker is started by the job itself, not by hand")
     run, number = RunDirectory(Path(sys.argv[1])), int(sys.argv[2])

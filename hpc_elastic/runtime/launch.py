@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import io
 import os
 import signal
 import sys
@@ -44,6 +45,17 @@ def be_newcomer(door: Door, session: Session, member: Member) -> None:
     _newcomer.append((door, session, member))
 
 
+def print_whole_lines() -> None:
+    """Let this process print line by line.
+
+    All ranks, the launcher and the supervisor print to one place, and what is written in parts gets others' in between:
+    each argument of `print` where Python runs unbuffered, blocks that end anywhere where it prints into a pipe.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):  # not what somebody, such as pytest, has put in their place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def has_run() -> bool:
     """Tell whether `run` was called in this process."""
     return bool(_ran)
@@ -77,6 +89,7 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
     if _ran:
         raise JobError("he.run was called twice in one process: put everything into one function")
     _ran.append("")
+    print_whole_lines()
     try:
         build(settings)
         job = _newcomer_job() if _newcomer else _seed_job(settings)

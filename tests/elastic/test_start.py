@@ -46,6 +46,17 @@ def test_start_and_grow(way, shards, static, tmp_path):
     assert [event.after for event in resizes(tmp_path / "r")] == [4, 2]
 
 
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_ranks_print_whole_lines(unbuffered, tmp_path):
+    """Python that runs unbuffered writes each argument of `print` by itself, and other ranks print in between."""
+    command = [*mpiexec(3), str(SCRIPTS / "lines.py")]
+    with Job(command, folder=tmp_path, environ={"PYTHONUNBUFFERED": unbuffered, "HPC_ELASTIC_PROGRESS": "off"}) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == 3 * ["a whole line"]
+    assert done.err.splitlines().count("a whole line") == 3
+
+
 def test_rank_0_leaves_and_the_shell_waits(shards, static, tmp_path):
     """The process that the shell started leaves first; the command lasts until the job has ended."""
     command = [*python(), str(SCRIPTS / "softmax.py"), str(shards), str(EPOCHS), "--pause", "0.02"]
