@@ -166,7 +166,9 @@ def check(ranks: int, *, leavers: Collection[int], now: int, minimum: int, maxim
     if ranks < minimum:
         raise ResizeRefused(f"{ranks} ranks asked for, but min = {minimum}")
     if ranks > maximum:
-        raise ResizeRefused(f"{ranks} ranks asked for, but max = {maximum}")
+        raise ResizeRefused(
+            f"{ranks} ranks asked for, but max = {maximum}; where it is not set, slots or microbatches limit it"
+        )
     for rank in leavers:
         if not 0 <= rank < now:
             there = f"there are only ranks 0 to {now - 1}" if now > 1 else "there is only rank 0"

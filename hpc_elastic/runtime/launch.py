@@ -200,6 +200,8 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
     script = Script.running()
     began = float(os.environ.get(SUPERVISED_VARIABLE, time.time()))
     session = Session(config, open_run(config, script), script, began)
+    if SUPERVISED_VARIABLE not in os.environ:
+        sys.stderr.write(f"run directory {session.run.path}\n")  # as `hpc-elastic run` says it
     log = events.EventLog(session.run.events)
     hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
     session.checkpoint = _last_checkpoint(session)

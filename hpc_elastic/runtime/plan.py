@@ -76,6 +76,10 @@ class Tally(Sums, frozen=True, kw_only=True):
         """Return both with one more step."""
         return msgspec.structs.replace(super().plus(samples, metrics), recent=self.recent.plus(samples, metrics))
 
+    def resumed(self, taken: float, now: float) -> Self:
+        """Return what was taken down at time `taken` as if the epoch had gone on `now`: what lay between does not count."""
+        return msgspec.structs.replace(self, began=self.began + now - taken)
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One resize, as all take part in it.

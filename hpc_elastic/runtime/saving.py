@@ -195,7 +195,7 @@ class Saving:
             leader.reports.log.write(
                 events.Resumed(loop=here.loop, step=found.about.cursor.step, path=str(found.path), ranks=leader.world.size)
             )
-        tally = msgspec.convert(found.about.notes["tally"], Tally)
+        tally = msgspec.convert(found.about.notes["tally"], Tally).resumed(found.about.time, time.time())
         return msgspec.structs.replace(here, cursor=found.about.cursor, tally=tally)
 
     def _check(self, found: Checkpoint | Remembered, here: Here) -> None:

@@ -43,6 +43,7 @@ def test_start_and_grow(way, shards, static, tmp_path):
     assert done.code == 0, done.err
     assert done.value("sha256") == static
     assert done.value("ranks") == "2"
+    assert done.err.splitlines().count(f"run directory {tmp_path / 'r'}") == 1
     assert [event.after for event in resizes(tmp_path / "r")] == [4, 2]
 
 

@@ -297,7 +297,7 @@ def test_leaving_by_hand(size, resize, gone, new):
         (0, (), "0 ranks asked for: a job has at least 1.*hpc-elastic stop"),
         (-2, (), "-2 ranks asked for"),
         (1, (), "1 ranks asked for, but min = 2"),
-        (7, (), "7 ranks asked for, but max = 6"),
+        (7, (), "7 ranks asked for, but max = 6; where it is not set, slots or microbatches limit it"),
         (3, (4,), "rank 4 should leave, but there are only ranks 0 to 3"),
         (3, (-1,), "rank -1 should leave"),
         (3, (0, 1, 0), "one of them twice: 0, 1, 0"),

@@ -9,6 +9,7 @@ import pytest
 from hpc_elastic import events
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import End, RunDirectory
+from hpc_elastic.runtime.plan import Tally
 from hpc_elastic.runtime.reports import RECORDED_S, Log, await_ends
 
 
@@ -43,3 +44,11 @@ def test_the_records_of_the_lost_are_awaited(recorded, tmp_path):
 
     await_ends(run, members, lambda: now, pause)
     assert (len(run.ends()), now >= RECORDED_S) == ((2, False) if recorded else (0, True))
+
+
+def test_an_epoch_does_not_last_while_the_job_does_not_run():
+    """Its seconds, and the rate, are those of the parts before and after."""
+    tally = Tally(began=1000.0).plus(60, {"loss": 2.0})
+    resumed = tally.resumed(taken=1030.0, now=90_000.0)
+    assert resumed.began == 89_970.0
+    assert (resumed.samples, resumed.means(), resumed.recent) == (60, {"loss": 2.0}, tally.recent)
