@@ -78,12 +78,12 @@ def test_a_rank_is_killed(isolated, static, tmp_path):
     assert [len(event.members) for event in happened(job.path, events.Lost)] == [1, 1, 1]
 
 
-def test_a_node_crashes(isolated, static, tmp_path):
+def test_a_node_crashes(nodes, static, tmp_path):
     """Its rank is lost with its guard and the agent, long before it would count as stalled; the others go on."""
-    job = Elastic(isolated, tmp_path)
+    job = Elastic(nodes, tmp_path)
     job.submit(epochs=EPOCHS, pause_s=0.1, stall_s=60)
     job.ranks(4)
-    isolated.crash(companions(job)[0]["node"])
+    nodes.crash(companions(job)[0]["node"])
     until(lambda: happened(job.path, events.Lost), 20)
     job.ended_well(static)
     assert [len(event.members) for event in happened(job.path, events.Lost)] == [1]
