@@ -121,11 +121,11 @@ def test_a_network_that_is_cut(nodes):
 
 def test_preemption_gives_grace(cluster, tmp_path):
     """A job of the low partition is told, has its grace time, and makes room."""
-    told = tmp_path / "told"
-    step = f"srun sh -c 'trap \"touch {told}; exit\" TERM; while :; do sleep 0.1; done'"
+    listens, told = tmp_path / "listens", tmp_path / "told"
+    step = f"srun sh -c 'trap \"touch {told}; exit\" TERM; touch {listens}; while :; do sleep 0.1; done'"
     low = ["sbatch", "--partition=low", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", step]
     cluster.run(low)
-    until(lambda: set(cluster.states().values()) == {"allocated"})
+    until(listens.exists)
     cluster.run(["srun", "--partition=urgent", "--nodes=4", "--exclusive", "true"])
     assert told.exists()
 

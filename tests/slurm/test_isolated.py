@@ -32,7 +32,7 @@ def companions(job):
 
 def test_come_and_go(isolated, static, tmp_path):
     job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.05)
+    job.submit(epochs=EPOCHS, pause_s=0.2)
     job.ranks(4)
     assert len({member.host for member in job.run.status().members}) == 4
     isolated.run(["srun", "--nodes=2", "--exclusive", "true"])
@@ -45,7 +45,7 @@ def test_come_and_go(isolated, static, tmp_path):
 def test_a_node_is_cut_off(isolated, static, tmp_path):
     """Its rank lives, and its files are there, but all wait for each other: the others go on without it."""
     job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.03, stall_s=3)
+    job.submit(epochs=EPOCHS, pause_s=0.1, stall_s=3)
     job.ranks(4)
     node = companions(job)[0]["node"]
     isolated.cut(node)
@@ -63,7 +63,7 @@ def test_a_rank_is_killed(isolated, static, tmp_path):
     The first rank is replaced on its host, though the leader is elsewhere then.
     """
     job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.05)
+    job.submit(epochs=EPOCHS, pause_s=0.2)
     job.ranks(4)
     first = job.run.status().members[0].host
     for rank in (3, 0, 3):
@@ -78,12 +78,12 @@ def test_a_rank_is_killed(isolated, static, tmp_path):
     assert [len(event.members) for event in happened(job.path, events.Lost)] == [1, 1, 1]
 
 
-def test_a_node_crashes(isolated, static, tmp_path):
+def test_a_node_crashes(nodes, static, tmp_path):
     """Its rank is lost with its guard and the agent, long before it would count as stalled; the others go on."""
-    job = Elastic(isolated, tmp_path)
-    job.submit(epochs=EPOCHS, pause_s=0.03, stall_s=60)
+    job = Elastic(nodes, tmp_path)
+    job.submit(epochs=EPOCHS, pause_s=0.1, stall_s=60)
     job.ranks(4)
-    isolated.crash(companions(job)[0]["node"])
+    nodes.crash(companions(job)[0]["node"])
     until(lambda: happened(job.path, events.Lost), 20)
     job.ended_well(static)
     assert [len(event.members) for event in happened(job.path, events.Lost)] == [1]

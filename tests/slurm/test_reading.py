@@ -50,7 +50,7 @@ def test_allocation_that_is_not_granted(slurm):
     nodes = len(slurm.snapshot().nodes)
     slurm.allocate([f"-N{nodes}", "--exclusive", "--time=3"], limit_s=20)
     with pytest.raises(SlurmRefused, match="withdrawn"):
-        slurm.allocate(["-N1", "--exclusive", "--time=3"], limit_s=1)
+        slurm.allocate(["-N1", "--exclusive", "--time=3"], limit_s=5)
     until(lambda: not slurm.snapshot().pending)
 
 

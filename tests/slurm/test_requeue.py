@@ -14,16 +14,17 @@ EPOCHS = 20
 class Submitted(Elastic):
     """One by the batch script of `hpc-elastic submit`."""
 
-    def submit(self, *options, epochs=EPOCHS, pause_s=0.05):
+    def submit(self, *options, epochs=EPOCHS, pause_s=0.3):
         self.epochs = epochs
         self.out = self.path.with_name(self.path.name + ".out")
         pairs = [word for each in ("ledger=true", "checkpoint_steps=50") for word in ("--set", each)]
-        script = [SCRIPTS / "softmax.py", self.folder, epochs, "--batch", BATCH, "--pause", pause_s]
+        script = [SCRIPTS / "softmax.py", self.folder, epochs, "--batch", BATCH, "--until", self.enough, "--pause", pause_s]
         command = hpc_elastic("submit", "--run-dir", self.path, *pairs, *options, "--", *script)
         said = self.cluster.run(["env", "-C", self.folder, f"PYTHONPATH={ROOT}", *command]).stdout
         self.number = said.split("submitted as job ")[1].split(";")[0]
 
     def ends(self):
+        self.enough.touch()
         until(lambda: self.states("--job", self.number)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
         until(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(self.companions()))
         return self.out.read_text()
@@ -44,6 +45,7 @@ def test_goes_on_after_its_time_limit(cluster, tmp_path):
     assert job.run.status().step >= before
     # Slurm has a job that was requeued wait for two minutes.
     until(lambda: cluster.run(["scontrol", "update", f"JobId={job.number}", "StartTime=now"], check=False).returncode == 0)
+    until(lambda: happened(job.path, events.Resumed))
     job.ranks(4)
     job.ended_well(static)
     assert len(happened(job.path, events.Started)) == 2
