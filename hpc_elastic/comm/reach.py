@@ -62,8 +62,9 @@ def _answering(addresses: Mapping[str, Address]) -> set[str]:
             asked[line.fileno()] = host, line
             poll.register(line, select.POLLOUT)
         deadline = time.monotonic() + LIMIT_S
-        while asked and (left_s := deadline - time.monotonic()) > 0:
-            for descriptor, _ in poll.poll(left_s * 1000):
+        # Who was stopped itself meanwhile looks once more: the answers are there.
+        while asked and (ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            for descriptor, _ in ready:
                 host, line = asked.pop(descriptor)
                 poll.unregister(descriptor)
                 if line.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNREFUSED):

@@ -19,6 +19,7 @@ from hpc_elastic.sampler import Order
 from hpc_elastic.shards import open_shards, write_shard
 
 N, LEAVES, SIZE = 100, 4, 24
+LIMIT_S = 10
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 5, 3), dtype=np.uint8)
 LABELS = np.arange(N)
 
@@ -160,9 +161,11 @@ def test_arrays_are_filled_again(shards, ahead):
 
 def test_the_next_one_is_there_when_it_is_asked_for(shards, monkeypatch):
     monkeypatch.setattr(batches, "WORTH_S", 0.01)
-    gather, threads = shards.gather, []
+    gather, threads, reading = shards.gather, [], threading.Event()
+    reading.set()
 
     def slow(samples, out=None):
+        assert reading.wait(LIMIT_S)
         time.sleep(0.05)
         threads.append(threading.current_thread())
         return gather(samples, out)
@@ -171,10 +174,10 @@ def test_the_next_one_is_there_when_it_is_asked_for(shards, monkeypatch):
     made = Batches(shards, Order(N, 3))
     (first, second), (_, third), *_ = shares((0, 4))
     take(made, first, second)
-    made._ahead[1].result(10)
-    begun = time.perf_counter()
-    take(made, second, third)
-    assert time.perf_counter() - begun < 0.04
+    made._ahead[1].result(LIMIT_S)
+    reading.clear()
+    take(made, second, third)  # though nothing can be read
+    reading.set()
     made.close()
     assert threads[0] is threading.main_thread()
     assert threads[1] is not threading.main_thread()

@@ -442,20 +442,22 @@ def test_what_the_launcher_gave_is_handed_on(run, tmp_path, end, code):
 
 
 def test_how_a_newcomer_ended_is_told_when_the_job_has_failed(run, tmp_path):
-    rank = python(RANK.format(init=INIT, end="time.sleep(.5); os._exit(3)"))
-    with session() as (theirs, _), started(warm(run, tmp_path / "door", *rank)), connect(tmp_path / "door") as caller:
+    wait = f"while not os.path.exists({str(run.path / 'failure.json')!r}): time.sleep(.01)"
+    rank = python(RANK.format(init=INIT, end=f"{wait}\nos._exit(3)"))
+    with session() as (theirs, heard), started(warm(run, tmp_path / "door", *rank)), connect(tmp_path / "door") as caller:
         give(caller, theirs)
+        until(lambda: heard)
         assert run.fail(Failure(error="ValueError", traceback="", member=2, rank=1, host="node", generation=3, step=9))
         assert caller.recv(10) == bytes([0, 3])
 
 
 def test_somebody_must_stand_in_for_a_newcomer_that_dies_in_mpi_init(run, tmp_path):
     """The session stays open for that one."""
-    with session() as (theirs, heard), started(warm(run, tmp_path / "door", *python(RANK.format(init="", end=KILL)))):
-        with connect(tmp_path / "door") as caller:
-            give(caller, theirs)
-            assert caller.recv(10) == bytes([1, 0])
-        assert b"".join(heard) == b"rank gifts"
+    rank = python(RANK.format(init="", end=KILL))
+    with session() as (theirs, heard), started(warm(run, tmp_path / "door", *rank)), connect(tmp_path / "door") as caller:
+        give(caller, theirs)
+        assert caller.recv(10) == bytes([1, 0])
+    assert b"".join(heard) == b"rank gifts"
 
 
 def test_and_for_one_that_dies_just_when_it_is_called(run, tmp_path):
@@ -471,7 +473,7 @@ def test_and_for_one_that_dies_just_when_it_is_called(run, tmp_path):
             until(lambda: state(pid) == "Z")
             process.send_signal(signal.SIGCONT)
             assert caller.recv(10) == bytes([1, 0])
-        assert not heard
+    assert not heard
 
 
 LEADER = """

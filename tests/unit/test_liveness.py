@@ -16,7 +16,7 @@ from hpc_elastic.model import Member
 from hpc_elastic.rundir import End, RankRecord, RunDirectory
 
 HOST = socket.gethostname()
-SOON_S = 5.0
+LIMIT_S = 20.0
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def sleepers():
 
 
 def until(condition):
-    limit = time.monotonic() + SOON_S
+    limit = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < limit, "not in time"
         time.sleep(0.005)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_elastic.comm.reach import Reach
+from hpc_elastic.comm.reach import LIMIT_S, Reach
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import RunDirectory
 from hpc_elastic.runtime.standstill import Standstill, severed
@@ -122,6 +124,13 @@ def test_this_host_answers():
     reach = Reach()
     reach.learn({socket.gethostname(), "localhost", "no-such-host.invalid"})
     assert not reach.cut_off({socket.gethostname(), "localhost", "no-such-host.invalid"})
+
+
+def test_who_was_stopped_itself_blames_no_host(monkeypatch):
+    reach, times = Reach(), itertools.count(step=2 * LIMIT_S)
+    reach.learn({"localhost"})
+    monkeypatch.setattr("hpc_elastic.comm.reach.time", SimpleNamespace(monotonic=lambda: next(times)))
+    assert not reach.cut_off({"localhost"})
 
 
 def test_a_host_that_answers_no_more(monkeypatch):

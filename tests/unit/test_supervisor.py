@@ -234,20 +234,20 @@ if os.fork() == 0:
     import tests.unit.standin as standin, msgspec
     os.setsid()
     standin.ME = msgspec.structs.replace(standin.ME, id=1, pid=os.getpid())
-    for descriptor in (0, 1, 2, *[int(n) for n in os.environ.get("PMI_FD", "").split()]):
-        os.close(descriptor)
-    os.environ["CHILD"] = "1"
+    os.closerange(0, 100)  # the launcher waits for whoever holds an end of its pipes
     rank.record("member")
     for _ in range(100):
         rank.beat()
         time.sleep(0.01)
     rank.end()
     os._exit(0)
-time.sleep(0.5)
+while rank.run.record(1) is None:
+    time.sleep(0.01)
 rank.record("retired")
 rank.leave(0)
 """,
         stall_s=0.5,
+        arrival="join",
     ) as job:
         done = job.wait()
     assert done.code == 0, done.err
@@ -275,18 +275,13 @@ rank.end()
 
 
 def test_a_job_that_never_shows_life_is_started_again(start):
-    with start(
-        """
-if not pathlib.Path("r/attempts").exists():
-    time.sleep(60)
-Rank().end()
-""",
-        deadline_s=1,
-    ) as job:
+    with start("time.sleep(60)", deadline_s=1, restarts=1) as job:
         done = job.wait()
-    assert done.code == 0, done.err
+    assert done.code == 1
     (event,) = told(events.Restarted)
     assert (event.step, event.reason) == (-1, "no sign of life from any rank for 1 s")
+    assert lines(done).count(event.reason) == 1
+    assert "given up: restarts = 1, and all are used up" in lines(done)
 
 
 def test_the_scripts_own_settings_count(start):
@@ -480,7 +475,8 @@ def test_only_the_runs_own_processes_are_ended(tmp_path):
     try:
         assert set(leftovers.processes(mine.path)) == {children[0].pid, children[1].pid}
         assert leftovers.remove(mine.path, time.time()) == []
-        assert [child.poll() for child in children] == [-9, -9, None, None]
+        assert [child.wait(LIMIT_S) for child in children[:2]] == [-9, -9]
+        assert [child.poll() for child in children[2:]] == [None, None]
         assert not leftovers.belongs(children[0].pid, mine.path)
     finally:
         del os.environ[RUN_VARIABLE]
