@@ -17,6 +17,7 @@ from ..config import STDERR_VARIABLE
 from ..errors import MembershipError
 from ..model import Member
 from ..rundir import RunDirectory
+from .collectives import Collectives
 from .messages import (
     BRIDGE_TAG,
     CHAIN_TAG,
@@ -224,7 +225,9 @@ class Door:
             inter.Free()
             return comm
 
-        return together(self._watch, self._leader, merged), Party(group)
+        comm = together(self._watch, self._leader, merged)
+        Collectives(comm, self._watch).barrier()
+        return comm, Party(group)
 
     def close(self) -> None:
         """Free the communicators."""

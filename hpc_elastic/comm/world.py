@@ -229,8 +229,9 @@ class World(Collectives):
                 raise
             return comm
 
-        comm = together(self.watch, members, merged)
-        return World(comm, Generation(self.generation.number, members), self.watch)
+        world = World(together(self.watch, members, merged), Generation(self.generation.number, members), self.watch)
+        world.barrier()  # who dies from here on can't take along ranks that are still in the call: Open MPI crashes there
+        return world
 
     def split(self, leavers: Sequence[int]) -> World | None:
         """Part from the ranks `leavers`; they get None. Collective; both worlds stay open."""

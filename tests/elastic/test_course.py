@@ -10,6 +10,7 @@ import pytest
 from hpc_elastic import course, events
 from hpc_elastic.rundir import RunDirectory
 
+from ..afterwards import happened
 from ..launch import SCRIPTS, Job, hpc_elastic, until
 from ..tensorboards import scalars
 
@@ -20,14 +21,17 @@ EPOCHS = 8
 
 def run(folder, shards, *options, pause=0.0, killed_at=0):
     settings = ["--run-dir", "r", "--slots", 2, *options]
-    command = hpc_elastic("run", *settings, SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", pause)
+    command = hpc_elastic(
+        "run", *settings, SCRIPTS / "softmax.py", shards, EPOCHS, "--pause", pause, "--until", folder / "killed"
+    )
     with Job(command, folder=folder) as job:
         if killed_at:
             until((folder / "r" / "status.json").exists)
             found = RunDirectory(folder / "r")
-            until(lambda: found.status().step >= killed_at)
+            until(lambda: found.status().step >= killed_at and happened(found.path, events.Checkpointed))
             for member in found.status().members:
                 os.kill(member.pid, signal.SIGKILL)
+            (folder / "killed").touch()
         assert job.wait(clean=False).code == 0
     return RunDirectory(folder / "r")
 
@@ -92,12 +96,11 @@ def test_the_same_curve(shards, tmp_path):
         tmp_path / "elastic",
         shards,
         *("--timetable", "10:2,30:1-0", "--hold", "--set", "checkpoint_steps=15"),
-        pause=0.02,
-        killed_at=60,
+        pause=0.1,
+        killed_at=40,
     )
-    happened = events.read(elastic.events)
-    assert [event.left for event in happened if isinstance(event, events.Resized)] == [(), (0,)]
-    assert [event.step > 0 for event in happened if isinstance(event, events.Resumed)] == [True]
+    assert [event.left for event in happened(elastic.path, events.Resized)] == [(), (0,)]
+    assert [event.step > 0 for event in happened(elastic.path, events.Resumed)] == [True]
     assert curve(elastic) == curve(static)
 
     command = hpc_elastic("tensorboard", elastic.path)

@@ -40,8 +40,11 @@ def start(tmp_path):
 
 
 def kill(run, *ranks):
-    for pid in pids(run, ranks):
-        os.kill(pid, signal.SIGKILL)
+    """Kill them as one loss: none goes on meanwhile."""
+    found = pids(run, ranks)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in found:
+            os.kill(pid, number)
 
 
 def copied(path, ranks):

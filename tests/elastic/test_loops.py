@@ -17,12 +17,13 @@ import numpy as np
 import hpc_elastic as he
 
 def train(job):
-    x = np.zeros(4)
+    x, grown = np.zeros(4), False
     job.register(x=x)
     for loop, n in enumerate(np.array([{first}, {second}])):
         for i in job.loop(n):
             x += (loop + 1) * (i + 1)
-            time.sleep(0.005)  # stands for a computation: a loop lasts longer than newcomers take to come
+            grown = grown or job.size > 1
+            time.sleep(0.1 if loop and not grown else 0.005)  # stands for a computation: the second loop waits for newcomers
     total = job.comm.allgather(x.tobytes())
     assert len(set(total)) == 1
     if job.leads:

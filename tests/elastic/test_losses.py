@@ -24,7 +24,7 @@ from ..other_user import as_user
 from ..rarely import also
 from ..shards import SAMPLES
 
-EPOCHS, PAUSE_S = 10, 0.04  # long enough for newcomers to come while others use the machine
+EPOCHS, PAUSE_S, LONG_PAUSE_S = 10, 0.04, 0.2
 SETTINGS = {"ledger": "true", "stall_s": 2, "deadline_s": 20, "checkpoint_steps": 10}
 
 
@@ -40,12 +40,12 @@ def static(shards, tmp_path_factory):
 
 @pytest.fixture
 def start(shards, tmp_path):
-    """Start the job with some ranks, which take time to come, and 4 slots."""
+    """Start the job with some ranks, which take time to come, and 4 slots; its pauses end when there is the file "done"."""
 
     def begin(*options, ranks=3, script=SCRIPTS / "softmax.py", pause_s=PAUSE_S, environ=None, before=(), **settings):
         pairs = [part for name, value in {**SETTINGS, **settings}.items() for part in ("--set", f"{name}={value}")]
         given = ["--run-dir", "r", "--ranks", ranks, "--slots", 4, *pairs, *options]
-        command = hpc_elastic("run", *given, script, shards, EPOCHS, "--pause", pause_s)
+        command = hpc_elastic("run", *given, script, shards, EPOCHS, "--pause", pause_s, "--until", tmp_path / "done")
         return Job([*before, *command], folder=tmp_path, environ=environ)
 
     return begin
@@ -109,7 +109,7 @@ def test_no_older_step_is_shown_after_a_loss(start, tmp_path):
 
 
 def test_a_stall_is_a_loss(start, check, tmp_path):
-    with start() as job:
+    with start("--hold") as job:
         run = under_way(tmp_path / "r")
         os.kill(*pids(run, [1]), signal.SIGSTOP)
         done = job.wait()
@@ -165,9 +165,12 @@ def test_newcomer_that_can_not_come(deed, fault, reason, start, check, tmp_path)
     """It costs the job nothing: the others step on."""
     script = tmp_path / "script.py"
     script.write_text(NEWCOMER.format(deed=deed) + (SCRIPTS / "softmax.py").read_text().replace(DOCSTRING, "'''", 2))
+    environ = {FAULT_VARIABLE: fault} if fault else {}
     with start(
-        ranks=2, script=script, environ={FAULT_VARIABLE: fault} if fault else {}, deadline_s=20 if fault else 3
+        ranks=2, script=script, environ=environ, pause_s=LONG_PAUSE_S, deadline_s=3 if "sleep" in deed else 20
     ) as job:
+        until(lambda: refusals(tmp_path / "r"))
+        (tmp_path / "done").touch()
         done = job.wait()
     check(done)
     assert reason in refusals(tmp_path / "r")[0]
@@ -209,7 +212,7 @@ def test_newcomer_that_dies_in_init(after_s, start, check, tmp_path):
 
 def test_one_of_two_newcomers(start, check, tmp_path):
     """The other one comes."""
-    with start(environ={FAULT_VARIABLE: "warm:kill:member=1"}) as job:
+    with start("--hold", environ={FAULT_VARIABLE: "warm:kill:member=1"}) as job:
         done = job.wait()
     check(done)
     assert "goes on without one: newcomer 1 was killed by signal 9" in refusals(tmp_path / "r")[0]
@@ -258,10 +261,12 @@ def test_as_many_processes_as_there_may_be(more, start, check, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, also(1)])
 def test_one_rank_told_to_leave(rank, start, check, tmp_path):
-    with start() as job:
+    with start(pause_s=LONG_PAUSE_S) as job:
         run = under_way(tmp_path / "r")
         (pid,) = pids(run, [rank])
         os.kill(pid, signal.SIGTERM)
+        until(lambda: any(event.left for event in resizes(run.path)))
+        (tmp_path / "done").touch()
         done = job.wait()
     check(done)
     left = [event for event in resizes(tmp_path / "r") if event.left]
@@ -272,7 +277,7 @@ def test_one_rank_told_to_leave(rank, start, check, tmp_path):
 
 def test_all_ranks_told_to_leave(start, check, tmp_path):
     """The job stops with a checkpoint, and goes on from there with other ranks."""
-    with start() as job:
+    with start(pause_s=LONG_PAUSE_S) as job:
         run = under_way(tmp_path / "r")
         for pid in pids(run, range(3)):
             os.kill(pid, signal.SIGTERM)
@@ -280,6 +285,7 @@ def test_all_ranks_told_to_leave(start, check, tmp_path):
     assert done.code == 0, done.err
     stopped = run.status()
     assert stopped.state == "stopped"
+    (tmp_path / "done").touch()
     with Job(hpc_elastic("resume", "r", "--ranks", 2), folder=tmp_path) as job:
         done = job.wait()
     check(done)
@@ -304,7 +310,7 @@ def killed(job, run):
 
 @pytest.mark.parametrize("ranks", [3, also(1)])
 def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
-    with start(ranks=2) as job:
+    with start("--hold", ranks=2) as job:
         run = under_way(tmp_path / "r", 2)
         killed(job, run)
     with Job(hpc_elastic("resume", "r", "--ranks", ranks, "--slots", 3), folder=tmp_path) as job:
@@ -316,7 +322,7 @@ def test_resume_after_everything_was_killed(ranks, start, check, tmp_path):
 
 def test_a_truncated_checkpoint(start, check, tmp_path):
     """The one before it is used."""
-    with start(ranks=2) as job:
+    with start("--hold", ranks=2) as job:
         run = under_way(tmp_path / "r", 2)
         killed(job, run)
     before, newest = sorted((run.path / "checkpoints").glob("[0-9]*"))[-2:]
@@ -334,7 +340,7 @@ def test_a_truncated_checkpoint(start, check, tmp_path):
 def test_the_checkpoints_folder_is_lost(start, check, tmp_path):
     """Others are made as soon as it can be made again."""
     folder = tmp_path / "elsewhere"
-    with start(ranks=2, checkpoint_dir=folder) as job:
+    with start("--hold", ranks=2, checkpoint_dir=folder) as job:
         run = under_way(tmp_path / "r", 2)
         until(lambda: happened(run.path, events.Checkpointed))
         for number in itertools.count():
@@ -353,7 +359,7 @@ def test_the_checkpoints_folder_is_lost(start, check, tmp_path):
 
 def test_the_disk_is_full(start, check, small_disk, tmp_path):
     """Training goes on, and checkpoints are made again when there is room."""
-    with start(ranks=2, checkpoint_dir=small_disk) as job:
+    with start("--hold", ranks=2, checkpoint_dir=small_disk) as job:
         run = under_way(tmp_path / "r", 2)
         until(lambda: any(event.error for event in happened(run.path, events.Checkpointed)))
         subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)

@@ -75,7 +75,7 @@ def test_two_bytes_a_value(wire, shards, static, tmp_path):
     """The same bits at any number of ranks, on one host or several: others than with four bytes."""
     found = set()
     for number, options in enumerate(
-        [["--ranks", 1], ["--ranks", 2], ["--slots", 3, "--timetable", "5:3,20:2-0", "--hold"]]
+        [["--ranks", 1], ["--ranks", 2, "--hold"], ["--slots", 3, "--timetable", "5:3,20:2-0", "--hold"]]
     ):
         for where in [[], ["--apart"]] if number else [[]]:
             script = [SCRIPTS / "softmax.py", shards, EPOCHS, "--wire", wire, *where]

@@ -81,13 +81,14 @@ def test_newcomers_are_forked(start, tmp_path):
 
 
 def test_same_bits(shards, start, tmp_path):
-    few = [SCRIPTS / "softmax.py", shards, 30]
+    few, done = [SCRIPTS / "softmax.py", shards, 100], tmp_path / "done"
     with start(*few, program=hpc_elastic("run", "--run-dir", "s")) as job:
         static = job.wait().value("sha256")
-    with start(*few, "--pause", PAUSE_S) as job:
+    with start(*few, "--pause", PAUSE_S, "--until", done) as job:
         run = under_way(tmp_path / "r")
         parent(run)
         assert [*resized(run, 3), *resized(run, 1), *resized(run, 4)] == ["warm"] * 5
+        done.touch()
         assert job.wait().value("sha256") == static
     ends = [run.end_of(number) for number in range(6)]
     assert [(end.code, end.signal, end.last_words) for end in ends] == [(0, 0, "")] * 6
