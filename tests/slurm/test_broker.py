@@ -278,7 +278,7 @@ def test_limits_of_node_hours(job, static):
     job.submit(node_hours=0.0001)
     until((job.path / "events.jsonl").exists)
     until(lambda: any("node_hours" in event.reason for event in happened(job.path, events.Decided)))
-    until(lambda: resizes(job.path)[-1].after == 1)
+    until(lambda: [event.after for event in resizes(job.path)][-1:] == [1])
     job.ended_well(static)
     assert job.most() == 4
     assert resizes(job.path)[-1].after == 1
