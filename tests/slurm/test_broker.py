@@ -40,6 +40,7 @@ class Elastic:
         self.path = folder / "r"
         self.folder = folder
         self.enough = folder / "enough"
+        self.out = folder / "out"
         shards.write(folder)
 
     def submit(self, *options, sbatch=(), pause_s=0.1, epochs=EPOCHS, **settings):
@@ -50,7 +51,7 @@ class Elastic:
         command = hpc_elastic("run", "--run-dir", self.path, "--max", 4, *pairs, *options, *script, pause_s)
         text = f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(str(ROOT))}\nexec {shlex.join(command)}\n"
         (self.folder / "job.sh").write_text(text)
-        out = [f"--output={self.folder}/out", f"--chdir={self.folder}"]
+        out = [f"--output={self.out}", f"--chdir={self.folder}"]
         done = self.cluster.run(["sbatch", "--parsable", "--nodes=1", "--exclusive", *out, *sbatch, self.folder / "job.sh"])
         self.number = done.stdout.strip()
 
@@ -90,7 +91,7 @@ class Elastic:
         self.enough.touch()
         until(lambda: self.states("--job", self.number)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
         until(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(self.companions()))
-        return (self.folder / "out").read_text()
+        return self.out.read_text()
 
     def ended_well(self, static):
         out = self.ends()

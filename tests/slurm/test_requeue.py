@@ -23,12 +23,6 @@ class Submitted(Elastic):
         said = self.cluster.run(["env", "-C", self.folder, f"PYTHONPATH={ROOT}", *command]).stdout
         self.number = said.split("submitted as job ")[1].split(";")[0]
 
-    def ends(self):
-        self.enough.touch()
-        until(lambda: self.states("--job", self.number)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
-        until(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(self.companions()))
-        return self.out.read_text()
-
 
 def test_goes_on_after_its_time_limit(cluster, tmp_path):
     """The signal that comes before the limit is sent by hand: Slurm may send it a minute sooner than it was asked to."""

@@ -10,7 +10,7 @@ class Slow:
     """Takes a while to be printed."""
 
     def __str__(self):
-        time.sleep(0.3)
+        time.sleep(0.3)  # the other ranks print the beginnings of their lines meanwhile
         return "line"
 
 
