@@ -46,6 +46,7 @@ class Agent:
         self.orders = os.path.join(run, "companions", number)
         self.guards: dict[int, subprocess.Popen[bytes]] = {}
         self.sentinel: subprocess.Popen[bytes] | None = None
+        self.ending = False  # it was told to end
         self.seen: dict[str, float] = {}
         self.quiet_since = time.monotonic()
         self.keeper: Keeper | None = None  # of this host's warm parent, if the job has some
@@ -82,7 +83,7 @@ class Agent:
             self.watch_for_term(node)
         self.put("held.json", held)
         next_look = 0.0
-        while True:
+        while not self.ending:
             self.obey()
             self.bury()
             if not self.guards and os.path.exists(self.file("release")):
@@ -93,6 +94,11 @@ class Agent:
                 if why:
                     return why
             time.sleep(POLL_S)
+        return "it was told to end"
+
+    def tell(self, *_: object) -> None:
+        """Have it end, but not while it starts somebody: who was not noted down yet would be left behind."""
+        self.ending = True
 
     def forget(self) -> None:
         """Remove what the agent of an attempt before has left."""
@@ -309,8 +315,8 @@ def main() -> None:
         return
     run, number, quiet_s = arguments[-3:]
     agent = Agent(run, number, float(quiet_s), is_step=arguments[0] == "--step")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    why = "it was told to end"
+    signal.signal(signal.SIGTERM, agent.tell)
+    why = "its agent has failed"
     try:
         why = agent.serve()
     finally:

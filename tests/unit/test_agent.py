@@ -156,6 +156,19 @@ def test_told_to_end(run, agent):
     assert said(run) == "it was told to end"
 
 
+def test_told_to_end_while_it_starts_somebody(run, agent, tmp_path):
+    """Nobody is left behind: each of these ends the agent, most likely while that starts the next one."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    order_file(run.path, 0, 1).parent.mkdir(parents=True)
+    for member in range(1, 21):
+        order(run, member, "/bin/sh", "-c", f"touch {begun}/$$; kill $PPID; exec sleep 1000", PATH=os.environ["PATH"])
+    started = agent()
+    assert started.wait(LIMIT_S) == 0
+    assert said(run) == "it was told to end"
+    until(lambda: not [each for each in begun.iterdir() if Path(f"/proc/{each.name}").exists()])
+
+
 def test_the_sentinel_notes_the_signal(run):
     started = subprocess.Popen([sys.executable, "-I", "-S", AGENT, "--sentinel", run.path, "0"])
     try:
