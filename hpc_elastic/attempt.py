@@ -14,6 +14,7 @@ import psutil
 
 from . import leftovers
 from .errors import RunDirectoryError
+from .outputs import Relay
 from .rundir import Failure, RunDirectory
 
 GRACE_S, SHORT_GRACE_S = 5.0, 1.0  # for the launcher to end its ranks; those of a job that is lost need none
@@ -126,7 +127,18 @@ class Attempt:
         self._proxy, self._next_proxy, self._headless_since = proxy, 0.0, 0.0
         self.lingers = False
         self.hangs = ""
-        self.process = subprocess.Popen(command, env=environ, cwd=directory, start_new_session=True)
+        self._relay = Relay()
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env=environ,
+                cwd=directory,
+                stdout=self._relay.stdout,
+                stderr=self._relay.stderr,
+                start_new_session=True,
+            )
+        finally:
+            self._relay.begun()
 
     def over(self, stall_s: float, deadline_s: float, *, well: bool) -> bool:
         """Tell whether it is over, and record why if it hangs; `well` if the job itself has ended well.
@@ -238,6 +250,7 @@ class Attempt:
             if self._run.rests():
                 leftovers.gone(self._run.path, 0.0 if thoroughly else WRITTEN_S)  # guards write to the end
                 self._run.sweep()
+        self._relay.finish()
         return left
 
 

@@ -52,9 +52,10 @@ def new(script: str, arguments: list[str], given: dict[str, Any], *, module: boo
         undo.callback(run.remove_unused)
         with _writing(run):
             lock = undo.enter_context(run.lock())
-            prepared = _written(Prepared(run, launch, lock, mpiexec, vendor))
+            _configure(run, launch)
+            run.put_launch(launch)
         undo.pop_all()
-    return prepared
+    return Prepared(run, launch, lock, mpiexec, vendor)
 
 
 def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
@@ -74,7 +75,8 @@ def again(run: RunDirectory, given: dict[str, Any]) -> Prepared:
     try:
         _take_over(run)
         with _writing(run):
-            return _written(Prepared(run, launch, lock, mpiexec, vendor))
+            _configure(run, launch)  # launch.json has these settings when the job has come to run with them
+            return Prepared(run, launch, lock, mpiexec, vendor)
     except BaseException:
         lock.close()
         raise
@@ -93,10 +95,8 @@ def _writing(run: RunDirectory) -> Iterator[None]:
         raise RunDirectoryError(text) from error
 
 
-def _written(prepared: Prepared) -> Prepared:
-    prepared.run.put(prepared.run.path / "config.json", prepared.launch.settings)
-    prepared.run.put_launch(prepared.launch)
-    return prepared
+def _configure(run: RunDirectory, launch: Launch) -> None:
+    run.put(run.path / "config.json", launch.settings)
 
 
 def _take_over(run: RunDirectory) -> None:

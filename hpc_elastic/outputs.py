@@ -1,15 +1,68 @@
-"""What ranks on companions print: it goes into files there, and the supervisor passes it on."""
+"""What a job prints, on its way to who reads that, who may have gone."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, AnyStr, BinaryIO
 
-LAST_WORDS_S = 5.0  # how long companions that are about to end are waited for
+RELAY = Path(__file__).parent / "relay.py"
+LAST_WORDS_S = 5.0  # how long companions that are about to end are waited for, and who reads slowly
 LOOK_S = 0.05
+
+
+def put(stream: IO[AnyStr], words: AnyStr) -> None:
+    """Write `words` to `stream` at once. If nobody reads it any more, it goes nowhere from now on."""
+    try:
+        stream.write(words)
+        stream.flush()
+    except OSError as problem:
+        # What can't be written stays in the stream's buffer, and would fail again, at the latest when the process ends.
+        if problem.errno in (errno.EPIPE, errno.EIO):
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+
+
+class Relay:
+    """A process that passes on what a launcher prints to this process's stdout and stderr; see `hpc_elastic.relay`.
+
+    Attributes
+    ----------
+    stdout, stderr : int
+        Descriptors for the launcher; one and the same if this process has both in one place, so that the order stays.
+    """
+
+    def __init__(self) -> None:
+        pairs = [os.pipe()]
+        if not os.path.sameopenfile(1, 2):
+            pairs.append(os.pipe())
+        ends = [end for to, (reader, _) in enumerate(pairs, 1) for end in (reader, to)]
+        command = [sys.executable, "-I", "-S", str(RELAY), *map(str, ends)]
+        try:
+            self._process = subprocess.Popen(
+                command, env={}, pass_fds=ends, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        finally:
+            for reader, _ in pairs:
+                os.close(reader)
+        self.stdout, self.stderr = pairs[0][1], pairs[-1][1]
+
+    def begun(self) -> None:
+        """Close the ends that the launcher has by now."""
+        for end in {self.stdout, self.stderr}:
+            os.close(end)
+
+    def finish(self) -> None:
+        """Wait, for a moment, until all that the launcher had printed is passed on."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS_S)
 
 
 class Outputs:
@@ -53,8 +106,7 @@ class Outputs:
             data = file.read()
         whole = data if all_of_it else data[: data.rfind(b"\n") + 1]
         self._read[path.name] = at + len(whole)
-        self._to.write(whole)
-        self._to.flush()
+        put(self._to, whole)
 
     def finish(self) -> None:
         """Wait a moment for companions to end, whose last words come then."""

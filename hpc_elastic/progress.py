@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .config import SUPERVISED_VARIABLE
+from .outputs import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,7 +108,8 @@ class Progress:
     def close(self) -> None:
         """Leave the last state standing."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                self._bar.stop()
             self._bar = None
 
 
@@ -122,9 +124,7 @@ def _new_bar() -> Bar:
 
 
 def _write(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    put(sys.stderr, line + "\n")
 
 
 def _parts(status: Status) -> list[str]:

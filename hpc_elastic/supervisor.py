@@ -191,8 +191,11 @@ class Supervisor:
             return
         with contextlib.suppress(OSError):  # a terminal that is gone
             self._progress.show(status)
-        if not self._settled and status.state != "starting":
+        if not self._settled and status.state not in ("starting", "failed"):
             self._settle()
+            if self._settled and not self._new:
+                with contextlib.suppress(OSError):
+                    self.run.put_launch(self.launch)  # it runs with the settings that it was resumed with
 
     def _settle(self) -> None:
         """Take over what the script itself sets: the job has said what came of all settings."""
@@ -242,6 +245,8 @@ class Supervisor:
         if self._interrupts.first:
             stopped = status is not None and status.state == "stopped"
             text = f"stopped at step {status.step}" if status and stopped else "the job ended before it could stop"
+            if not stopped:
+                lose(self.run, text, "interrupted")
             return self._interrupted(failure.error if failure else text)
         if failure is not None and failure.kind != "lost":
             told = [] if failure.told else [failure.error]  # else the rank has said it

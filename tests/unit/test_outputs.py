@@ -1,13 +1,31 @@
-"""What companions print is passed on in whole lines, once."""
+"""What companions print is passed on in whole lines, once; what the launcher prints, also where nobody reads it."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_elastic.outputs import Outputs
+from hpc_elastic.outputs import Outputs, put
+
+LIMIT_S = 20.0
+# Stands in for the supervisor: it has a launcher print.
+PASSES_ON = """
+import os, subprocess, sys
+from hpc_elastic.outputs import Relay
+relay = Relay()
+launcher = subprocess.Popen(sys.argv[1:], stdout=relay.stdout, stderr=relay.stderr)
+relay.begun()
+code = launcher.wait()
+relay.finish()
+sys.exit(code)
+"""
 
 
 @settings(deadline=None)
@@ -45,3 +63,51 @@ def test_no_companions(tmp_path):
     outputs = Outputs(tmp_path / "none", io.BytesIO())
     outputs.relay()
     outputs.finish()
+
+
+def passed_on(*command, **to):
+    """Start a program that has `command` print."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PASSES_ON, *command], **to, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    )
+
+
+def test_both_streams_are_passed_on():
+    process = passed_on("sh", "-c", "echo out; echo err >&2", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.communicate(timeout=LIMIT_S) == (b"out\n", b"err\n")
+
+
+def test_their_order_stays_where_they_go_to_one_place():
+    says = "for i in 1 2 3 4 5 6 7 8 9; do echo o$i; echo e$i >&2; done"
+    process = passed_on("sh", "-c", says, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.communicate(timeout=LIMIT_S)[0].decode().split() == [f"{x}{i}" for i in range(1, 10) for x in "oe"]
+
+
+def test_much_is_passed_on_to_who_reads_slowly():
+    size = 1 << 22
+    process = passed_on("head", "-c", str(size), "/dev/zero", stdout=subprocess.PIPE)
+    assert len(process.communicate(timeout=LIMIT_S)[0]) == size
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("gone", ["out", "err"])
+def test_nobody_reads(gone):
+    """The launcher does not notice it; the other stream is read on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    says = "echo 1; echo 1 >&2; head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2; exec echo end || exit 9"
+    places = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {f"std{gone}": writer}
+    process = passed_on("sh", "-ec", says, **places)
+    os.close(writer)
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0
+    assert (err if gone == "out" else out[:-4]) == b"1\n" + bytes(1_000_000)
+
+
+def test_what_nobody_reads_goes_nowhere_from_then_on():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="ascii") as stream:  # closing it would fail, if anything were left in its buffer
+        put(stream, "a word\n")
+        put(stream, "another\n")
+        assert Path(f"/proc/self/fd/{writer}").readlink() == Path(os.devnull)

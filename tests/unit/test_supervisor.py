@@ -582,6 +582,37 @@ def test_a_stop_that_was_asked_for_otherwise(start):
     assert lines(done)[0].startswith("stopped at step 57; go on from the beginning")
 
 
+@pytest.mark.parametrize("streams", ["2>&1", "2>/dev/null", "3>&1 1>/dev/null 2>&3"], ids=["both", "stdout", "stderr"])
+def test_whoever_reads_has_gone(streams, tmp_path):
+    """Such as ``head``, or ``tee``, which Ctrl-C ends too: the job goes on, and stops with a checkpoint when it is told."""
+    (tmp_path / "script.py").write_text(
+        f"{HEAD}rank = Rank()\nrank.step(3)\nprint('one', flush=True)\nprint('one', file=sys.stderr, flush=True)\n"
+        "while not os.path.exists('gone'): time.sleep(0.01)\n"
+        "for stream in (sys.stdout, sys.stderr) * 3: print('two', file=stream, flush=True); time.sleep(0.05)\n"
+        "pathlib.Path('said').touch()\nrank.until_asked()\n"
+    )
+    run_it = command("run", "--run-dir", "r", "--progress", "plain", "script.py")
+    shell = f'{{ "$@" {streams}; echo $? >code; }} | {{ head -n 1; touch gone; }}'
+    with Job(["sh", "-c", shell, "sh", *run_it], folder=tmp_path, limit_s=LIMIT_S) as job:
+        until(Path("said").exists)
+        run().ask(Request("stop"))
+        job.wait()
+    assert Path("code").read_text() == "0\n"
+    assert run().status().state == "stopped"
+    assert told(events.Restarted) == []
+
+
+def test_a_launcher_that_ends_while_the_job_stops(start):
+    """The run is not taken for one that goes on."""
+    with start("rank = Rank()\nrank.step(3)\nwhile not rank.run.requests(): time.sleep(0.01)\nrank.leave(7)") as job:
+        until(Path("r/status.json").exists)
+        os.kill(job.process.pid, signal.SIGINT)
+        done = job.wait()
+    assert done.code == 130
+    assert "the job ended before it could stop" in lines(done)
+    assert run().failure().kind == "interrupted"
+
+
 def test_nohup_is_heeded():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -657,6 +688,29 @@ def test_resume_a_run_that_was_stopped(start, tmp_path, monkeypatch):
     }
     assert RunDirectory(tmp_path / "r").launch().settings == settings
     assert done.value("resumed").split()[-2] == "0", "the old request has been answered"
+
+
+REFUSES = """
+rank = Rank()
+if "microbatches" in (rank.run.path / "config.json").read_text():
+    rank.step(0, "failed")
+    rank.fail("error", error="other bits would come")
+rank.step(3)
+rank.until_asked() if rank.attempt == 1 else rank.end()
+"""
+
+
+def test_settings_that_the_job_refuses_are_not_kept(start, tmp_path):
+    with start(REFUSES) as job:
+        until(Path("r/status.json").exists)
+        run().ask(Request("stop"))
+        assert job.wait().code == 0
+    before = run().launch()
+    with resumed(tmp_path, "--set", "microbatches=7") as job:
+        assert job.wait().code == 1
+    assert run().launch() == before
+    with resumed(tmp_path) as job:
+        assert job.wait().code == 0
 
 
 @pytest.mark.parametrize(
