@@ -27,17 +27,13 @@ from .control import (
     checkpointed,
     ended,
     errors,
-    past,
-    remarks,
     resized,
-    silence,
-    standing,
-    status_of,
 )
 from .errors import ConfigError, RunDirectoryError
 from .looking import inspect, report, tensorboard, verify
 from .model import Request
 from .rundir import RunDirectory
+from .standing import failure_of, past, remarks, silence, standing, status_of
 from .submit import submit
 
 app = typer.Typer(
@@ -192,7 +188,7 @@ def status(run: Run, as_json: Json = False) -> None:
 
     with errors():
         directory = RunDirectory(run)
-        found, failure, before = status_of(directory), directory.failure(), past(directory)
+        found, failure, before = status_of(directory), failure_of(directory), past(directory)
         if as_json:
             typer.echo(msgspec.json.encode({**msgspec.structs.asdict(found), **before}).decode())
             return

@@ -1,4 +1,4 @@
-"""What the commands share that look at a run or ask it for something: exit codes, its status, a request and its answer."""
+"""What the commands share that look at a run or ask it for something: exit codes, a request and its answer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 import typer
 
 from . import events
-from .broker.slurm import leases
 from .errors import CheckpointError, ConfigError, ElasticError, LaunchError, RunDirectoryError, ShardError
 from .model import Request
 from .rundir import Answer, RunDirectory, Status
+from .standing import LIVE, silence, status_of
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_RUN, EXIT_REFUSED, EXIT_NO_ANSWER, EXIT_DATA = 1, 2, 4, 5, 6, 7
 CODES = {
@@ -26,8 +26,6 @@ CODES = {
     ShardError: EXIT_DATA,
     CheckpointError: EXIT_DATA,
 }
-LIVE = ("starting", "running")
-STALE_S = 30.0
 LOOK_S = 0.05
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as `hpc-elastic run` made it.")]
@@ -56,63 +54,6 @@ def fail(message: str, code: int) -> NoReturn:
     """End the program."""
     typer.echo(f"hpc-elastic: {message}", err=True)
     raise typer.Exit(code) from None
-
-
-# --- how a run stands -------------------------------------------------------------------------------------------------
-
-
-def status_of(run: RunDirectory) -> Status:
-    """Return the status of `run`. A job killed from outside could not say so itself, but others have.
-
-    A job that is over has no members, and the time is that of its end.
-    """
-    found, failure = run.status(), run.failure()
-    if found is None:
-        why = failure.error if failure else "the job has not reached its first step"
-        raise RunDirectoryError(f"{run.path} has no status yet: {why}")
-    if failure is not None:
-        found = msgspec.structs.replace(found, state="failed", time=failure.time)
-    return found if found.state in LIVE else msgspec.structs.replace(found, members=(), under_way="")
-
-
-def silence(status: Status) -> str:
-    """Return a remark on a job that should say something and does not."""
-    age = time.time() - status.time
-    return f"; the last sign of life is {age:.0f} s old" if status.state in LIVE and age > STALE_S else ""
-
-
-def standing(status: Status) -> str:
-    """Return the state of a job, and if it is over since when, by this host's clock."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
-    return status.state if status.state in LIVE else f"{status.state} at {when}"
-
-
-def past(run: RunDirectory) -> dict[str, Any]:
-    """Return the companions and the last checkpoint of `run`, why the last one failed, its restarts; None for none."""
-    happened = events.read(run.events)
-    tried = [event for event in happened if isinstance(event, events.Checkpointed)]
-    good = [event for event in tried if not event.error]
-    return {
-        "checkpoint": msgspec.structs.asdict(good[-1]) if good else None,
-        "checkpoint_error": tried[-1].error if tried and tried[-1].error else None,
-        "restarts": [msgspec.structs.asdict(event) for event in happened if isinstance(event, events.Restarted)],
-        "companions": leases.found(run.path),
-    }
-
-
-def remarks(found: dict[str, Any]) -> list[str]:
-    """Return what `past` found, in lines for people."""
-    lines = leases.lines(found["companions"])
-    if found["checkpoint"]:
-        age = time.time() - found["checkpoint"]["time"]
-        lines.append(f"last checkpoint: step {found['checkpoint']['step']}, {age:.0f} s ago")
-    if found["checkpoint_error"]:
-        lines.append(f"a newer checkpoint failed: {found['checkpoint_error']}")
-    if found["restarts"]:
-        last = found["restarts"][-1]
-        place = f"step {last['step']}" if last["step"] >= 0 else "no step"
-        lines.append(f"restarts: {len(found['restarts'])}, the last after {place}: {last['reason']}")
-    return lines
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

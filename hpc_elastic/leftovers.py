@@ -52,10 +52,20 @@ def stopped(run: Path) -> list[int]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether process `pid` is stopped (proc(5), state T)."""
+    """Tell whether process `pid` is stopped."""
+    return _state(pid) == "T"
+
+
+def lives(pid: int) -> bool:
+    """Tell whether there is a process `pid` that has not ended."""
+    return _state(pid) not in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    """Return the state of process `pid` as proc(5) has it, or nothing."""
     with contextlib.suppress(OSError):
-        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-    return False
+        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+    return ""
 
 
 def end(pids: Iterable[int]) -> None:

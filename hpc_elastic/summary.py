@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from . import events
+from .standing import LIVE, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .rundir import RunDirectory, Status
 
-LIVE = ("starting", "running")
 FIRST_LOOP = 1  # as the job numbers them
 
 
@@ -31,7 +31,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         If a file of the run is damaged.
     """
     happened = events.read(run.events)
-    status, failure = run.status(), run.failure()
+    status, failure = run.status(), failure_of(run)
     starts = [event for event in happened if isinstance(event, events.Started)]
     started = starts[0] if starts else None
     ended = _end(happened)

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hpc_elastic
-from hpc_elastic import cli, control, doctor, events, launching, scripts
+from hpc_elastic import cli, doctor, events, launching, leftovers, scripts, standing
 from hpc_elastic.checkpoint import About, Store
 from hpc_elastic.config import build
 from hpc_elastic.doctor import Check
@@ -81,7 +81,7 @@ def fails(*arguments, code):
 
 
 def now(state="running", **others):
-    member = Member(id=4, pid=77, host="vm", slot=2)
+    member = Member(id=4, pid=77, host="n1", slot=2)
     return Status(state=state, time=time.time(), started=0.0, ranks=1, members=(member,), step=3, steps=9, **others)
 
 
@@ -414,7 +414,7 @@ def test_damaged_events(run):
 def test_status(run):
     run.put_status(now())
     out, _ = invoke("status", "r", code=0)
-    assert out == "running: epoch 1/1, step 3/9, 1 rank\n  rank 0: process 4, pid 77 on vm, slot 2\n"
+    assert out == "running: epoch 1/1, step 3/9, 1 rank\n  rank 0: process 4, pid 77 on n1, slot 2\n"
 
 
 def checkpointed(step, **others):
@@ -426,7 +426,7 @@ def test_status_tells_of_checkpoints_and_restarts(run, monkeypatch):
     run.put_status(now())
     log = events.EventLog(run.events)
     log.write(checkpointed(20, time=0.0))
-    monkeypatch.setattr(control.time, "time", lambda: 40.0)
+    monkeypatch.setattr(standing.time, "time", lambda: 40.0)
     for attempt, step in ((2, 23), (3, 31)):
         log.write(events.Restarted(attempt=attempt, step=step, reason="process 4 was killed", wait_s=0.0))
     out, _ = invoke("status", "r", code=0)
@@ -444,9 +444,43 @@ def test_status_tells_of_checkpoints_and_restarts(run, monkeypatch):
 
 def test_status_of_a_run_that_is_silent(run, monkeypatch):
     run.put_status(msgspec.structs.replace(now(), time=0.0))
-    monkeypatch.setattr(control.time, "time", lambda: control.STALE_S + 1)
+    monkeypatch.setattr(standing.time, "time", lambda: standing.STALE_S + 1)
     out, _ = invoke("status", "r", code=0)
     assert "the last sign of life is 31 s old" in out
+
+
+@pytest.fixture
+def gone():
+    """Return the number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("case", ["gone", "one lives", "elsewhere", "a moment ago", "supervised", "over"])
+def test_a_run_that_was_killed_with_all_who_could_say_so(case, run, gone):
+    """It has failed, as far as can be known: a process may live elsewhere, and a supervisor still speak."""
+    host = "elsewhere" if case == "elsewhere" else leftovers.HOST
+    pids = [gone, os.getpid() if case == "one lives" else gone]
+    members = tuple(Member(id=number, pid=pid, host=host) for number, pid in enumerate(pids))
+    status = now("ended" if case == "over" else "running")
+    run.put_status(msgspec.structs.replace(status, ranks=2, members=members, time=0.0))
+    beat = run.beat_file(1)
+    beat.touch()
+    if case != "a moment ago":
+        os.utime(beat, (10.0, 10.0))
+    lock = run.lock() if case == "supervised" else None
+    failure = standing.failure_of(run)
+    assert (failure is not None) == (case == "gone")
+    if failure is not None:
+        assert (failure.kind, failure.step, failure.time) == ("lost", 3, 10.0)
+        out, _ = invoke("status", "r", code=0)
+        assert out.startswith("failed at ")
+        assert out.endswith(f"  {failure.error}\n")
+        assert json.loads(invoke("report", "r", "--json", code=0)[0])["state"] == "failed"
+        assert fails("stop", "r", code=4) == "the job in r is not running: it has failed"
+    if lock is not None:
+        lock.close()
 
 
 def test_no_answer(run):
