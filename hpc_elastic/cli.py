@@ -51,7 +51,7 @@ Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wai
 
 Minimum = Annotated[int | None, typer.Option("--min", min=1, help="Fewest ranks.")]
 Maximum = Annotated[int | None, typer.Option("--max", min=0, help="Most ranks; 0, the default: as many as slots.")]
-Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks to have from the start on.")]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Ranks to grow to at once.")]
 Slots = Annotated[int | None, typer.Option(min=0, help="Slots of this machine; 0, the default: its cores.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")]
 

@@ -37,7 +37,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     min_ranks, max_ranks : int
         Limits of the number of ranks. ``max`` 0 means as many as the broker has slots.
     ranks : int
-        Ranks to have from the start on (policies ``manual`` and ``fixed``).
+        Ranks to grow to as soon as the job runs (policies ``manual`` and ``fixed``).
     policy : str
         ``manual`` (on request), ``fixed`` (keep ``ranks``), ``timetable``, ``greedy`` (take all there is) or ``considerate``
         (the same, but on Slurm nothing that a pending job could start with). ``auto`` is ``considerate`` with the broker
