@@ -14,7 +14,7 @@ from .standing import LIVE, failure_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .rundir import RunDirectory, Status
+    from .rundir import Failure, RunDirectory, Status
 
 FIRST_LOOP = 1  # as the job numbers them
 
@@ -45,7 +45,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "hosts": _hosts(happened),
         "state": "failed" if failure else status.state if status else "starting",
         "started": started.time if started else None,
-        "seconds": ended.seconds if ended and len(starts) == 1 else _seconds(started, happened, status),
+        "seconds": ended.seconds if ended and len(starts) == 1 else _seconds(started, happened, status, failure),
         "attempts": len(starts),
         "ranks": ended.ranks if ended else status.ranks if status else generations[-1]["ranks"] if generations else None,
         "steps": history.steps,
@@ -93,11 +93,15 @@ def _hosts(happened: Sequence[events.AnyEvent]) -> list[str]:
     return list(dict.fromkeys([*seeds, *(event.host for event in happened if isinstance(event, events.Ready))]))
 
 
-def _seconds(started: events.Started | None, happened: Sequence[events.AnyEvent], status: Status | None) -> float | None:
+def _seconds(
+    started: events.Started | None, happened: Sequence[events.AnyEvent], status: Status | None, failure: Failure | None
+) -> float | None:
     if started is None:
         return None
-    running = status is not None and status.state == "running"
-    return (time.time() if running else max(event.time for event in happened)) - started.time
+    if failure is None and status is not None and status.state == "running":
+        return time.time() - started.time
+    ends = [event.time for event in happened] + ([failure.time] if failure else [])
+    return max(ends) - started.time
 
 
 def _unit(epochs: Sequence[events.Epoch], status: Status | None) -> str:
