@@ -20,6 +20,21 @@ LOOK_S = 0.05
 GONE = (errno.EPIPE, errno.EIO)  # a reader, or a terminal
 
 
+def have_all() -> None:
+    """Let stdin, stdout and stderr go nowhere where whoever started this process has closed them.
+
+    The next file that is opened would take the place of one, and get what is printed, or be held open by each child.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (for as long as this process lasts)
+
+
 def put(stream: IO[AnyStr], words: AnyStr) -> None:
     """Write `words` to `stream` at once. If nobody reads it any more, it goes nowhere from now on."""
     try:

@@ -166,3 +166,25 @@ def test_what_nobody_reads_goes_nowhere_from_then_on():
         put(stream, "a word\n")
         put(stream, "another\n")
         assert Path(f"/proc/self/fd/{writer}").readlink() == Path(os.devnull)
+
+
+@pytest.mark.parametrize("closed", [{0}, {1}, {2}, {0, 1, 2}])
+def test_streams_that_are_closed_go_nowhere(closed, tmp_path):
+    """And are no other file's, for children as well."""
+    code = """
+import os, subprocess, sys
+from hpc_elastic.outputs import have_all
+have_all()
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) > 2
+subprocess.run(["sh", "-c", "echo out; echo err >&2; cat"], check=True)
+"""
+    shell = f"""exec "$@" {" ".join(f"{number}>&-" for number in closed)}"""
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", code, tmp_path / "file"]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environ, input=b"", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (b"" if 1 in closed else b"out\nout\n")
+    assert done.stderr == (b"" if 2 in closed else b"err\nerr\n")
+    assert (tmp_path / "file").read_bytes() == b""
