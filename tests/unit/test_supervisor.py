@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
@@ -611,6 +612,34 @@ def test_a_launcher_that_ends_while_the_job_stops(start):
     assert done.code == 130
     assert "the job ended before it could stop" in lines(done)
     assert run().failure().kind == "interrupted"
+
+
+@pytest.mark.parametrize("background", ["&", ""], ids=["background", "foreground"])
+def test_what_is_typed_at_a_terminal(background, tmp_path):
+    """It is the shell's, if the job runs in the background."""
+    (tmp_path / "script.py").write_text(
+        f"{HEAD}rank = Rank()\nrank.step(3)\npathlib.Path('began').touch()\n"
+        "if not os.path.exists('background'): pathlib.Path('read').write_text(sys.stdin.readline())\n"
+        "rank.until_asked()\n"
+    )
+    if background:
+        (tmp_path / "background").touch()
+    job, shell = pty.fork()
+    if job == 0:
+        os.execvp("bash", ["bash", "--norc", "-i"])
+    words = [*command("run", "--run-dir", "r", "--progress", "off", "script.py"), ">out", "2>&1", background]
+    os.write(shell, f"export PYTHONPATH={Path(__file__).parents[2]}; {' '.join(words)}\n".encode())
+    until(Path("began").exists)
+    try:
+        for number in range(5 if background else 1):
+            os.write(shell, f"echo >typed-{number}\n".encode())
+            until(Path(f"typed-{number}" if background else "read").exists)
+        run().ask(Request("stop"))
+        until(lambda: run().status().state == "stopped" and not run().is_supervised())
+    finally:
+        os.close(shell)
+        os.waitpid(job, 0)
+    assert background or Path("read").read_text() == "echo >typed-0\n"
 
 
 def test_nohup_is_heeded():
