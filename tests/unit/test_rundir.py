@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -301,22 +303,21 @@ def test_a_look_for_the_supervisor_leaves_no_trace(run):
 def test_whoever_looks_is_not_taken_for_a_supervisor(run):
     """Not even one that looks again and again while another begins."""
     run.lock().close()
-    over = threading.Event()
-
-    def look():
-        while not over.is_set():
-            run.is_supervised()
-
-    threads = [threading.Thread(target=look) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(500):
-            run.lock().close()
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+    code = """
+import pathlib, sys
+from hpc_elastic.rundir import RunDirectory
+run = RunDirectory(pathlib.Path(sys.argv[1]))
+print(flush=True)
+while True:
+    run.is_supervised()
+"""
+    with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as looker:
+        looker.stdout.readline()
+        try:
+            for _ in range(2000):
+                run.lock().close()
+        finally:
+            looker.kill()
 
 
 def test_a_file_system_without_locks(run, monkeypatch):
