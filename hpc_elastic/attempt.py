@@ -81,6 +81,19 @@ def _has_child(pid: int, name: str) -> bool:
     return False
 
 
+def _may_read() -> bool:
+    """Tell whether this process may read its stdin: in the background of a terminal, what is typed is the shell's.
+
+    The launcher has a session of its own, where nothing would stop it.
+    """
+    if not os.isatty(0):
+        return True
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # the terminal of another session
+        return False
+
+
 class Attempt:
     """A job under its launcher.
 
@@ -133,6 +146,7 @@ class Attempt:
                 command,
                 env=environ,
                 cwd=directory,
+                stdin=None if _may_read() else subprocess.DEVNULL,
                 stdout=self._relay.stdout,
                 stderr=self._relay.stderr,
                 start_new_session=True,

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the job failed or a needed check did, 2 wrong usage or set
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from .control import (
 from .errors import ConfigError, RunDirectoryError
 from .looking import inspect, report, tensorboard, verify
 from .model import Request
+from .outputs import have_all, put
 from .rundir import RunDirectory
 from .standing import failure_of, past, remarks, silence, standing, status_of
 from .submit import submit
@@ -118,7 +120,7 @@ def run(
         given = merge(from_file(config) if config else {}, from_environment(os.environ), given)
         _check_timetables(given)
         supervisor = Supervisor.start(script, arguments or [], given, module=module)
-        typer.echo(f"run directory {supervisor.run.path}", err=True)
+        put(sys.stderr, f"run directory {supervisor.run.path}\n")
         raise typer.Exit(supervisor.go())
 
 
@@ -155,7 +157,7 @@ def resume(
         )
         _check_timetables(given)
         supervisor = Supervisor.resume(directory, given)
-        typer.echo(f"run directory {directory.path}, {supervisor.origin()}", err=True)
+        put(sys.stderr, f"run directory {directory.path}, {supervisor.origin()}\n")
         raise typer.Exit(supervisor.go())
 
 
@@ -324,6 +326,7 @@ app.command()(tensorboard)
 
 def main() -> None:
     """Be the command."""
+    have_all()
     app(prog_name="hpc-elastic")
 
 

@@ -5,15 +5,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import IO, AnyStr, BinaryIO
 
+from .config import RUN_VARIABLE
+
 RELAY = Path(__file__).parent / "relay.py"
 LAST_WORDS_S = 5.0  # how long companions that are about to end are waited for, and who reads slowly
 LOOK_S = 0.05
+GONE = (errno.EPIPE, errno.EIO)  # a reader, or a terminal
+
+
+def have_all() -> None:
+    """Let stdin, stdout and stderr go nowhere where whoever started this process has closed them.
+
+    The next file that is opened would take the place of one, and get what is printed, or be held open by each child.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (for as long as this process lasts)
 
 
 def put(stream: IO[AnyStr], words: AnyStr) -> None:
@@ -21,13 +40,18 @@ def put(stream: IO[AnyStr], words: AnyStr) -> None:
     try:
         stream.write(words)
         stream.flush()
+    except BlockingIOError:
+        pass  # somebody has set it so; what is left in the stream's buffer goes with the next words
     except OSError as problem:
         # What can't be written stays in the stream's buffer, and would fail again, at the latest when the process ends.
-        if problem.errno in (errno.EPIPE, errno.EIO):
-            with contextlib.suppress(OSError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+        with contextlib.suppress(OSError):
+            kept, null = os.dup(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            stream.flush()
+            if problem.errno not in GONE:  # a disk that is full may have room again
+                os.dup2(kept, stream.fileno())
+            os.close(null)
+            os.close(kept)
 
 
 class Relay:
@@ -45,9 +69,11 @@ class Relay:
             pairs.append(os.pipe())
         ends = [end for to, (reader, _) in enumerate(pairs, 1) for end in (reader, to)]
         command = [sys.executable, "-I", "-S", str(RELAY), *map(str, ends)]
+        # It is no process of the run, as it ends by itself; but Python may need the rest, as LD_LIBRARY_PATH.
+        environ = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}
         try:
             self._process = subprocess.Popen(
-                command, env={}, pass_fds=ends, stdin=subprocess.DEVNULL, start_new_session=True
+                command, env=environ, pass_fds=ends, stdin=subprocess.DEVNULL, start_new_session=True
             )
         finally:
             for reader, _ in pairs:
@@ -61,6 +87,7 @@ class Relay:
 
     def finish(self) -> None:
         """Wait, for a moment, until all that the launcher had printed is passed on."""
+        self._process.send_signal(signal.SIGCONT)  # stopped, it would stay for ever
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(LAST_WORDS_S)
 

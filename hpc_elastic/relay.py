@@ -9,12 +9,14 @@ with the launcher, and not with the supervisor, which the job outlives.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import sys
 
 PIPE = 1 << 16
+GONE = (errno.EPIPE, errno.EIO)  # a reader, or a terminal
 
 
 def serve(ways: dict[int, int]) -> None:
@@ -30,8 +32,10 @@ def serve(ways: dict[int, int]) -> None:
                     data = data[os.write(ways[source], data) :]
                 except BlockingIOError:  # somebody has set it so
                     select.select([], [ways[source]], [])
-                except OSError:
-                    deaf.add(ways[source])
+                except OSError as problem:
+                    if problem.errno in GONE:
+                        deaf.add(ways[source])
+                    break  # a disk that is full may have room for what comes next
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ RUN/                 mode 0700
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -39,6 +38,7 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
+from . import locks
 from .encoding import decoded, encoded
 from .errors import RunDirectoryError
 from .model import Member, Request, numbers
@@ -292,15 +292,14 @@ class RunDirectory:
 
     def lock(self) -> IO[bytes]:
         """Say that a supervisor is there, until the file is closed: by the kernel, should the supervisor be killed."""
-        file = os.fdopen(os.open(self.path / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunDirectoryError(f"{self.path} is in use: its supervisor is at work") from None
-        except OSError:  # a file system without locks: nobody can know, then
-            pass
+        file = locks.take(self.path / "supervisor.lock")
+        if file is None:
+            raise RunDirectoryError(f"{self.path} is in use: its supervisor is at work")
         return file
+
+    def is_supervised(self) -> bool:
+        """Tell whether a supervisor is there, or might be."""
+        return locks.is_taken(self.path / "supervisor.lock")
 
     def attempts(self) -> list[Path]:
         """Return the folders of the attempts that were put away, oldest first."""

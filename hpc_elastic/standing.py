@@ -30,21 +30,12 @@ def failure_of(run: RunDirectory) -> Failure | None:
     if any(member.host != HOST or lives(member.pid) for member in found.members):
         return None
     last = max([*beats(run.path / "ranks").values(), round(found.time * 1e9)]) / 1e9
-    if time.time() - last < SILENT_S or _supervised(run):
+    if time.time() - last < SILENT_S or run.is_supervised():  # who will say what is to be said
         return None
     why = "its processes are gone, and none of them could say why: killed from outside, most likely"
     return Failure(
         error=why, traceback="", member=-1, rank=-1, host=HOST, generation=-1, step=found.step, kind="lost", time=last
     )
-
-
-def _supervised(run: RunDirectory) -> bool:
-    """Tell whether a supervisor is there, which will say what is to be said."""
-    try:
-        run.lock().close()
-    except (RunDirectoryError, OSError):
-        return True
-    return False
 
 
 def status_of(run: RunDirectory) -> Status:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from . import events
 from .course import Back, Change, Course, Entry
 from .errors import ConfigError
+from .standing import failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +112,7 @@ def _fill(log: Log, run: RunDirectory, *, follow: bool, pause: Callable[[float],
     course, reader, failed_s, awaited = Course(), events.Reader(run.events), 0.0, False
     while True:
         status = run.status()  # before the events: what it says is in them
-        failed_s = failed_s + LOOK_S if run.failed() else 0.0
+        failed_s = failed_s + LOOK_S if run.failed() or failure_of(run) else 0.0
         for event in reader.read():
             for entry in course.follow(event):
                 log.put(entry)

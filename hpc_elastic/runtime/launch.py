@@ -21,6 +21,7 @@ from ..comm.vendor import prepare
 from ..config import SUPERVISED_VARIABLE, build
 from ..errors import ElasticError, JobError, LaunchError, Retired
 from ..model import Member
+from ..outputs import have_all, put
 from ..places import checkpoint_folder
 from ..rundir import RunDirectory
 from . import collective
@@ -89,6 +90,7 @@ def run(train: Callable[[Job], T], **settings: Any) -> T:
     if _ran:
         raise JobError("he.run was called twice in one process: put everything into one function")
     _ran.append("")
+    have_all()
     print_whole_lines()
     try:
         build(settings)
@@ -201,7 +203,7 @@ def _first_session(given: dict[str, Any], world: Any) -> Session:
     began = float(os.environ.get(SUPERVISED_VARIABLE, time.time()))
     session = Session(config, open_run(config, script), script, began)
     if SUPERVISED_VARIABLE not in os.environ:
-        sys.stderr.write(f"run directory {session.run.path}\n")  # as `hpc-elastic run` says it
+        put(sys.stderr, f"run directory {session.run.path}\n")  # as `hpc-elastic run` says it
     log = events.EventLog(session.run.events)
     hosts = tuple(dict.fromkeys(m.host for m in world.generation.members))
     session.checkpoint = _last_checkpoint(session)
@@ -219,7 +221,7 @@ def _last_checkpoint(session: Session) -> Checkpoint | None:
     def damaged(path: Path, problem: str) -> None:
         text = f"checkpoint {path} is damaged ({problem}): the one before it is used"
         events.EventLog(session.run.events).write(events.Notice(text=text))
-        sys.stderr.write(f"hpc_elastic: {text}\n")
+        put(sys.stderr, f"hpc_elastic: {text}\n")
 
     store = Store(folder, session.config.checkpoints_kept, on_damage=damaged)
     store.clean()

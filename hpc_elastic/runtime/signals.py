@@ -6,8 +6,8 @@ Under a supervisor Ctrl-C reaches the supervisor, not the ranks.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from ..model import Request
 from ..rundir import RunDirectory
 
 SAME_S = 0.5
+STDERR = 2
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -51,7 +52,7 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
             return
         first.append(time.monotonic())
         how = "stopping at the next step, with a checkpoint; " if _ask(run, Request("stop")) else ""
-        sys.stderr.write(f"hpc_elastic: {how}Ctrl-C again ends it now\n")
+        _say(f"{how}Ctrl-C again ends it now")
 
     meanings: list[tuple[int, Handler, Handler]] = [
         (signal.SIGTERM, signal.SIG_DFL, leave),
@@ -72,6 +73,12 @@ def _ask(run: RunDirectory, request: Request) -> bool:
     try:
         run.ask(request)
     except OSError as error:
-        sys.stderr.write(f"hpc_elastic: the leader can't be asked to {request.kind}: {error.strerror}\n")
+        _say(f"the leader can't be asked to {request.kind}: {error.strerror}")
         return False
     return True
+
+
+def _say(text: str) -> None:
+    """Say something in a handler: the process may be in the midst of printing, and nobody may be there to read it."""
+    with contextlib.suppress(OSError):
+        os.write(STDERR, f"hpc_elastic: {text}\n".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from hpc_elastic import events
 from hpc_elastic.course import Change, Value, whole
 from hpc_elastic.errors import ConfigError, RunDirectoryError
+from hpc_elastic.leftovers import HOST
+from hpc_elastic.model import Member
 from hpc_elastic.picture import draw
 from hpc_elastic.rundir import Failure, RunDirectory, Status
 from hpc_elastic.tensorboard import FAILED_S, write
@@ -249,3 +252,13 @@ def test_log_of_a_run_that_failed_for_good(run):
     pauses = []
     write(run, run.tensorboard, follow=True, pause=pauses.append)
     assert FAILED_S <= sum(pauses) <= FAILED_S + 2
+
+
+def test_log_of_a_run_that_was_killed_with_all_who_could_say_so(run):
+    pytest.importorskip("tensorboard")
+    with subprocess.Popen(["true"]) as process:
+        gone = Member(id=0, pid=process.pid, host=HOST)
+    run.put_status(Status(state="running", time=0.0, started=0.0, ranks=1, members=(gone,)))
+    pauses = []
+    write(run, run.tensorboard, follow=True, pause=pauses.append)
+    assert sum(pauses) >= FAILED_S

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_elastic.outputs import Outputs, put
+from hpc_elastic import relay
+from hpc_elastic.config import RUN_VARIABLE
+from hpc_elastic.outputs import Outputs, Relay, put
 
 LIMIT_S = 20.0
 # Stands in for the supervisor: it has a launcher print.
@@ -104,6 +108,57 @@ def test_nobody_reads(gone):
     assert (err if gone == "out" else out[:-4]) == b"1\n" + bytes(1_000_000)
 
 
+def test_a_disk_that_was_full_may_have_room_again(monkeypatch):
+    reader, writer = os.pipe()
+    end, to = os.pipe()
+    write, lost = os.write, []
+
+    def full_at_first(where, data):
+        if lost:
+            return write(where, data)
+        lost.append(data)
+        write(writer, b"two\n")
+        os.close(writer)
+        raise OSError(errno.ENOSPC, "full")
+
+    write(writer, b"one\n")
+    monkeypatch.setattr(os, "write", full_at_first)
+    relay.serve({reader: to})
+    assert (lost, os.read(end, 100)) == ([b"one\n"], b"two\n")
+    for descriptor in (reader, end, to):
+        os.close(descriptor)
+
+
+def test_the_relay_has_what_its_python_needs(monkeypatch):
+    """Where modules are loaded, Python finds its library by a variable. But it is no process of a run."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    monkeypatch.setenv(RUN_VARIABLE, "r")
+    its = Relay()
+    environ = Path(f"/proc/{its._process.pid}/environ").read_text().split("\0")
+    its.begun()
+    its.finish()
+    assert "LD_LIBRARY_PATH=/opt/python/lib" in environ
+    assert not [entry for entry in environ if entry.startswith(RUN_VARIABLE)]
+
+
+def test_a_relay_that_is_stopped_is_not_left_behind():
+    its = Relay()
+    its._process.send_signal(signal.SIGSTOP)
+    its.begun()
+    its.finish()
+    assert its._process.returncode == 0
+
+
+def test_words_that_do_not_fit_on_the_disk(tmp_path):
+    """They are gone; what comes when there is room is written, and nothing fails when the process ends."""
+    with open("/dev/full", "w", encoding="ascii") as stream:
+        put(stream, "a word\n")
+        with (tmp_path / "room").open("w") as room:
+            os.dup2(room.fileno(), stream.fileno())
+        put(stream, "another\n")
+    assert (tmp_path / "room").read_text() == "another\n"
+
+
 def test_what_nobody_reads_goes_nowhere_from_then_on():
     reader, writer = os.pipe()
     os.close(reader)
@@ -111,3 +166,25 @@ def test_what_nobody_reads_goes_nowhere_from_then_on():
         put(stream, "a word\n")
         put(stream, "another\n")
         assert Path(f"/proc/self/fd/{writer}").readlink() == Path(os.devnull)
+
+
+@pytest.mark.parametrize("closed", [{0}, {1}, {2}, {0, 1, 2}])
+def test_streams_that_are_closed_go_nowhere(closed, tmp_path):
+    """And are no other file's, for children as well."""
+    code = """
+import os, subprocess, sys
+from hpc_elastic.outputs import have_all
+have_all()
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) > 2
+subprocess.run(["sh", "-c", "echo out; echo err >&2; cat"], check=True)
+"""
+    shell = f"""exec "$@" {" ".join(f"{number}>&-" for number in closed)}"""
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", code, tmp_path / "file"]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environ, input=b"", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (b"" if 1 in closed else b"out\nout\n")
+    assert done.stderr == (b"" if 2 in closed else b"err\nerr\n")
+    assert (tmp_path / "file").read_bytes() == b""

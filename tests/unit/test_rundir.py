@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_elastic import rundir
+from hpc_elastic import locks, rundir
 from hpc_elastic.config import build
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.model import Member, Request
@@ -290,12 +292,41 @@ def test_one_supervisor_at_a_time(run):
     run.lock().close()
 
 
+def test_a_look_for_the_supervisor_leaves_no_trace(run):
+    assert not run.is_supervised()
+    assert not (run.path / "supervisor.lock").exists()
+    with run.lock():
+        assert run.is_supervised()
+    assert not run.is_supervised()
+
+
+def test_whoever_looks_is_not_taken_for_a_supervisor(run):
+    """Not even one that looks again and again while another begins."""
+    run.lock().close()
+    code = """
+import pathlib, sys
+from hpc_elastic.rundir import RunDirectory
+run = RunDirectory(pathlib.Path(sys.argv[1]))
+print(flush=True)
+while True:
+    run.is_supervised()
+"""
+    with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as looker:
+        looker.stdout.readline()
+        try:
+            for _ in range(2000):
+                run.lock().close()
+        finally:
+            looker.kill()
+
+
 def test_a_file_system_without_locks(run, monkeypatch):
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(rundir.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
     run.lock().close()
+    assert run.is_supervised(), "it can't be known"
 
 
 def test_where_checkpoints_are(run):

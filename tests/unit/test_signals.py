@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -13,12 +15,30 @@ from hpc_elastic.runtime.signals import heeded
 
 
 @pytest.mark.parametrize(("number", "what"), [(signal.SIGTERM, "leave"), (signal.SIGINT, "stop")])
-def test_a_run_directory_that_can_not_be_written(number, what, tmp_path, capsys):
+def test_a_run_directory_that_can_not_be_written(number, what, tmp_path, capfd):
     """It is said, and the rank goes on."""
     run = RunDirectory.create(tmp_path / "r")
     with heeded(run, 1):
         shutil.rmtree(run.path)
         os.kill(os.getpid(), number)
-    first, *more = capsys.readouterr().err.splitlines()
+    first, *more = capfd.readouterr().err.splitlines()
     assert first == f"hpc_elastic: the leader can't be asked to {what}: No such file or directory"
     assert more == (["hpc_elastic: Ctrl-C again ends it now"] if number == signal.SIGINT else [])
+
+
+def test_nobody_reads_what_is_said(tmp_path):
+    """Such as ``tee``, which Ctrl-C ends as well: the job stops with a checkpoint nevertheless."""
+    run = RunDirectory.create(tmp_path / "r")
+    code = """
+import os, pathlib, signal, sys
+from hpc_elastic.rundir import RunDirectory
+from hpc_elastic.runtime.signals import heeded
+with heeded(RunDirectory(pathlib.Path(sys.argv[1])), 0):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code, run.path], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert [request.kind for _, request in run.requests()] == ["stop"]

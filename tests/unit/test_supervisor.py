@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from hpc_elastic import attempt, events, leftovers, restarts
 from hpc_elastic.attempt import Pulse
 from hpc_elastic.checkpoint import About, Store
+from hpc_elastic.comm.vendor import find_mpiexec
 from hpc_elastic.config import RUN_VARIABLE
 from hpc_elastic.errors import RunDirectoryError
 from hpc_elastic.interrupts import Interrupts
@@ -611,6 +613,36 @@ def test_a_launcher_that_ends_while_the_job_stops(start):
     assert done.code == 130
     assert "the job ended before it could stop" in lines(done)
     assert run().failure().kind == "interrupted"
+
+
+@pytest.mark.parametrize("background", ["&", ""], ids=["background", "foreground"])
+def test_what_is_typed_at_a_terminal(background, tmp_path):
+    """It is the shell's, if the job runs in the background."""
+    if not background and find_mpiexec()[1].title == "Open MPI":
+        pytest.skip("Open MPI's launcher reads no terminal of another session")
+    (tmp_path / "script.py").write_text(
+        f"{HEAD}rank = Rank()\nrank.step(3)\npathlib.Path('began').touch()\n"
+        "if not os.path.exists('background'): pathlib.Path('read').write_text(sys.stdin.readline())\n"
+        "rank.until_asked()\n"
+    )
+    if background:
+        (tmp_path / "background").touch()
+    job, shell = pty.fork()
+    if job == 0:
+        os.execvp("bash", ["bash", "--norc", "-i"])
+    words = [*command("run", "--run-dir", "r", "--progress", "off", "script.py"), ">out", "2>&1", background]
+    os.write(shell, f"export PYTHONPATH={Path(__file__).parents[2]}; {' '.join(words)}\n".encode())
+    until(Path("began").exists)
+    try:
+        for number in range(5 if background else 1):
+            os.write(shell, f"echo >typed-{number}\n".encode())
+            until(Path(f"typed-{number}" if background else "read").exists)
+        run().ask(Request("stop"))
+        until(lambda: run().status().state == "stopped" and not run().is_supervised())
+    finally:
+        os.close(shell)
+        os.waitpid(job, 0)
+    assert background or Path("read").read_text() == "echo >typed-0\n"
 
 
 def test_nohup_is_heeded():
