@@ -503,6 +503,19 @@ def test_a_newcomer_whose_leader_is_gone_is_killed(run, tmp_path):
     assert run.end_of(7).signal == signal.SIGKILL
 
 
+def test_so_is_one_whose_leader_was_gone_before_its_guard_could_look(run, tmp_path):
+    """Its parent is another one by then."""
+    begin = "import os, subprocess, sys; subprocess.Popen(sys.argv[1:], env={'_HPC_ELASTIC_PARENT': str(os.getpid())})"
+    parent = "int(os.environ['_HPC_ELASTIC_PARENT'])"
+    later = f"import os, sys, time\nwhile os.getppid() == {parent}: time.sleep(0.01)\nos.execv(sys.argv[1], sys.argv[1:])"
+    rank = python(f"import os, signal; {SAY}; signal.pause()")
+    command = [*python(begin), *python(later), *warm(run, tmp_path / "door", *rank)]
+    with started(command, stdout=subprocess.PIPE, text=True) as leader:
+        out, _ = leader.communicate(timeout=LIMIT_S)
+        assert not runs(int(out))
+    assert run.end_of(7).signal == signal.SIGKILL
+
+
 def test_it_is_killed_in_mpi_init_too_and_nobody_stands_in_for_it(run, tmp_path):
     """Whoever called the newcomer waits no more."""
     rank = python(RANK.format(init="", end="signal.pause()"))
