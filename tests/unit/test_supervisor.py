@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_elastic import attempt, events, leftovers, restarts
+from hpc_elastic import attempt, events, leftovers, restarts, supervisor
 from hpc_elastic.attempt import Pulse
 from hpc_elastic.checkpoint import About, Store
 from hpc_elastic.config import RUN_VARIABLE
@@ -434,6 +434,18 @@ def test_account():
 
 
 # --- cleaning ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_that_is_stopped_is_killed_in_the_end(monkeypatch):
+    monkeypatch.setattr(supervisor, "AGENT_S", 0.1)
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *_: None); print(flush=True)\nwhile True: signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as agent:
+        agent.stdout.readline()
+        agent.send_signal(signal.SIGSTOP)
+        under = supervisor.Supervisor.__new__(supervisor.Supervisor)
+        under._agent = agent
+        under._end_agent()
+    assert agent.returncode == -signal.SIGKILL
 
 
 def test_what_is_left_is_ended_before_the_next_attempt(start):
