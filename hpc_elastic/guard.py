@@ -288,8 +288,12 @@ class Guard:
         code = ended if ended >= 0 else 128 - ended
         if self.run:
             self.record(code, max(0, -ended), peak_kib * 1024)
-        if self.listener is not None and select.select([self.listener], [], [], 0)[0]:
-            self.hand_on(self.listener)  # handover.py came just now, and must be told
+        if self.listener is not None:
+            self.listener.shutdown(_socket.SHUT_RDWR)  # handover.py, if it comes now, is refused, and has somebody stand in
+            try:
+                self.hand_on(self.listener)  # it came just before, and must be told
+            except OSError:
+                pass  # it did not
         if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
             self.answer(self.door)
         # If there are no others, or the job has failed, the launcher may know how it ended.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 import hpc_elastic
 from hpc_elastic import limits
+from hpc_elastic.guard import Guard
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory
 from hpc_elastic.warmth import unpacked
@@ -474,6 +476,26 @@ def test_and_for_one_that_dies_just_when_it_is_called(run, tmp_path):
             process.send_signal(signal.SIGCONT)
             assert caller.recv(10) == bytes([1, 0])
     assert not heard
+
+
+def test_who_comes_for_one_that_has_ended_is_refused(run, tmp_path):
+    """And has somebody stand in for it: to be let in and not answered would look as if the guard had been killed."""
+    burying = Guard(str(run.path), "7", str(tmp_path / "door"))
+    burying.stderr = -1
+    theirs = burying.open_door()
+    came = []
+
+    def there(*_):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+            came.append(caller.connect_ex(str(tmp_path / "door")))
+        return False
+
+    burying.there = there
+    burying.bury()
+    assert came == [errno.ECONNREFUSED]
+    burying.door.close()
+    for descriptor in (theirs, burying.leader):
+        os.close(descriptor)
 
 
 LEADER = """
