@@ -470,6 +470,31 @@ rank.end()
     assert len(told(events.Restarted)) == 1
 
 
+def test_a_process_that_begins_one_program_after_the_other_always_belongs(tmp_path):
+    run = RunDirectory.create(tmp_path / "run")
+    text = (
+        "n, code = sys.argv[1:]; int(n) and os.execv(sys.executable, [sys.executable, '-ISc', code, str(int(n) - 1), code])"
+    )
+    code = f"import os, sys; {text}; sys.stdin.read()"
+    command, environ = [sys.executable, "-ISc", code, "100", code], {RUN_VARIABLE: str(run.path)}
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as process:
+        proc = Path(f"/proc/{process.pid}")
+        while proc.joinpath("cmdline").read_bytes().split(b"\0")[3:4] != [b"0"]:
+            assert leftovers.belongs(process.pid, run.path)
+
+
+def test_who_has_an_empty_environment_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(leftovers, "BEGUN_WITHIN_S", LIMIT_S)
+    command, pipe = [sys.executable, "-ISc", "print(flush=True); input()"], subprocess.PIPE
+    with subprocess.Popen(command, env={}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        began = time.monotonic()
+        assert not leftovers.belongs(process.pid, tmp_path)
+        assert time.monotonic() - began < LIMIT_S
+        process.stdin.close()
+    assert not leftovers.belongs(process.pid, tmp_path)
+
+
 def sleeper(run, **more):
     environ = {**os.environ, RUN_VARIABLE: str(run), **more}
     code = "import time; print(flush=True); time.sleep(60)"
