@@ -51,7 +51,7 @@ def heeded(run: RunDirectory, member: int) -> Iterator[None]:
             return
         first.append(time.monotonic())
         how = "stopping at the next step, with a checkpoint; " if _ask(run, Request("stop")) else ""
-        sys.stderr.write(f"hpc_elastic: {how}Ctrl-C again ends it now\n")
+        _say(f"hpc_elastic: {how}Ctrl-C again ends it now\n")
 
     meanings: list[tuple[int, Handler, Handler]] = [
         (signal.SIGTERM, signal.SIG_DFL, leave),
@@ -72,6 +72,12 @@ def _ask(run: RunDirectory, request: Request) -> bool:
     try:
         run.ask(request)
     except OSError as error:
-        sys.stderr.write(f"hpc_elastic: the leader can't be asked to {request.kind}: {error.strerror}\n")
+        _say(f"hpc_elastic: the leader can't be asked to {request.kind}: {error.strerror}\n")
         return False
     return True
+
+
+def _say(words: str) -> None:
+    """Say it if that can be: not if the signal came in the midst of other words, nor on a terminal that is gone."""
+    with contextlib.suppress(RuntimeError, OSError):
+        sys.stderr.write(words)
