@@ -41,7 +41,7 @@ else:  # run by path: so is what lies beside this file loaded, faster than by im
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
-PARENT = "_HPC_ELASTIC_PARENT"
+PARENT, GUARD = "_HPC_ELASTIC_PARENT", "_HPC_ELASTIC_GUARD"
 START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
@@ -76,6 +76,7 @@ class Guard:
         os.set_blocking(self.stderr, False)
         given = [theirs, os.dup(2)]
         os.environ[STDERR] = str(given[1])  # for newcomers that this rank starts: they outlive this guard
+        os.environ[GUARD] = str(os.getpid())
         if self.path:
             given.append(self.open_door())
             os.environ[DOOR] = str(given[2])
