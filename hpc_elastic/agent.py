@@ -10,7 +10,8 @@ has to be there for that: with its script, or by the agent's own word to Slurm. 
 it
 
 - writes ``N.held.json``: where it is, and what it may use; then touches ``N.beat`` four times a second, as its sign of life;
-- runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer;
+- runs what ``N/MEMBER.json`` says, a command and its environment: the guard of a newcomer; where that can't be started, it
+  says so in the guard's place, for whom the leader would wait;
 - sees to it that this host has a warm parent (`hpc_elastic.warm`), if the leader has written what that imports;
 - makes ``N.term`` when Slurm sends SIGTERM, as it does to steps, and not to batch scripts, before it takes the node away;
 - ends, once no guard is left, when ``N.release`` is there, or the job has ended; and in any case when no rank of the job has
@@ -36,6 +37,7 @@ GRACE_S = 5.0  # for guards to end their ranks
 LONGEST_PAUSE_S = 8.0  # between tries to have Slurm end the companion
 GPUS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
 LEFT = ("ended", "stopped")
+UNBORN = 127  # a shell's exit code for what can't be started
 
 
 class Agent:
@@ -55,12 +57,13 @@ class Agent:
         """Return the path of what this agent says, or is told."""
         return os.path.join(self.run, "companions", f"{self.number}.{kind}")
 
-    def put(self, kind: str, text: str) -> None:
+    def put(self, path: str, text: str) -> None:
         """Write a file so that it is there whole, or not at all."""
-        beside = os.path.join(self.run, "companions", f".{self.number}.{kind}.{os.getpid()}")
+        folder, name = os.path.split(path)
+        beside = os.path.join(folder, f".{name}.{os.getpid()}")
         with open(beside, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(text)
-        os.rename(beside, self.file(kind))
+        os.rename(beside, path)
 
     def serve(self) -> str:
         """Serve until the companion is needed no more, and return why."""
@@ -81,7 +84,7 @@ class Agent:
             os.dup2(out, 2)
         else:
             self.watch_for_term(node)
-        self.put("held.json", held)
+        self.put(self.file("held.json"), held)
         next_look = 0.0
         while not self.ending:
             self.obey()
@@ -153,6 +156,18 @@ class Agent:
                 self.guards[int(stem)] = subprocess.Popen(order["command"], env=order["environ"], stdin=subprocess.DEVNULL)
             except (OSError, ValueError, KeyError) as problem:
                 print(f"hpc_elastic: newcomer {stem} could not be started: {problem}", flush=True)
+                self.record(int(stem), f"its guard could not be started: {problem}")
+
+    def record(self, member: int, words: str) -> None:
+        """Write down that a newcomer has come to nothing, as its guard would."""
+        text = (
+            f'{{"member":{member},"pid":0,"host":{quoted(os.uname().nodename)},"code":{UNBORN},"signal":0,'
+            f'"time":{time.time()},"peak_bytes":0,"last_words":{quoted(words)}}}'
+        )
+        try:
+            self.put(os.path.join(self.run, "ranks", f"{member}.end.json"), text)
+        except OSError:
+            pass  # the run directory is gone, or full
 
     def bury(self) -> None:
         """Forget guards that have ended."""
@@ -230,7 +245,7 @@ class Agent:
         if self.sentinel is not None:
             self.sentinel.terminate()
         try:
-            self.put("end", why)
+            self.put(self.file("end"), why)
         except OSError:
             pass  # the run directory is gone
         if self.is_step:

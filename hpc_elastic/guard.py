@@ -13,7 +13,8 @@ Open MPI's launcher knows from a connection of its own with it, and tells the ot
 A newcomer's guard waits at SOCKET for `handover.py`, which the launcher starts when the newcomer is wanted, and which brings
 it what the launcher gave: variables, and the descriptor of the PMI session. A rank is killed when ``RUN/condemned/MEMBER``
 is there, and a newcomer when the leader that started it is gone and it does not become a member: nobody else will call it.
-The leader is the guard's parent, or on another host, where its number is in the environment.
+The leader is the guard's parent, whose pid is in the environment, as it may be gone by now; or it is on another host, and
+its number is there.
 
 If this host has a warm parent (`hpc_elastic.warm`), a newcomer's guard asks that to fork the newcomer, instead of starting
 it itself (`adoption.py`). Only the parent gets to know how it has ended, so it is asked for that as well.
@@ -40,6 +41,7 @@ else:  # run by path: so is what lies beside this file loaded, faster than by im
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
+PARENT, GUARD = "_HPC_ELASTIC_PARENT", "_HPC_ELASTIC_GUARD"
 START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
@@ -74,6 +76,7 @@ class Guard:
         os.set_blocking(self.stderr, False)
         given = [theirs, os.dup(2)]
         os.environ[STDERR] = str(given[1])  # for newcomers that this rank starts: they outlive this guard
+        os.environ[GUARD] = str(os.getpid())
         if self.path:
             given.append(self.open_door())
             os.environ[DOOR] = str(given[2])
@@ -123,6 +126,9 @@ class Guard:
         self.far_leader = os.environ.pop(LEADER, "")
         if not self.far_leader:
             self.leader = os.pidfd_open(os.getppid())
+            if os.getppid() != int(os.environ.pop(PARENT, os.getppid())):  # this is who takes orphans
+                os.close(self.leader)
+                self.leader, self.alone_since = -1, time.monotonic()
         self.listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
         # The way through /proc is short, however long the run directory's name is: a socket's has 107 bytes at most.
@@ -283,8 +289,12 @@ class Guard:
         code = ended if ended >= 0 else 128 - ended
         if self.run:
             self.record(code, max(0, -ended), peak_kib * 1024)
-        if self.listener is not None and select.select([self.listener], [], [], 0)[0]:
-            self.hand_on(self.listener)  # handover.py came just now, and must be told
+        if self.listener is not None:
+            self.listener.shutdown(_socket.SHUT_RDWR)  # handover.py, if it comes now, is refused, and has somebody stand in
+            try:
+                self.hand_on(self.listener)  # it came just before, and must be told
+            except OSError:
+                pass  # it did not
         if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
             self.answer(self.door)
         # If there are no others, or the job has failed, the launcher may know how it ended.

@@ -13,7 +13,8 @@ from .comm.vendor import VENDORS, named, orphaned_files, orphaned_shared_memory
 from .config import RUN_VARIABLE
 
 PROC = Path("/proc")
-GONE_WITHIN_S = 5.0
+GONE_WITHIN_S, BEGUN_WITHIN_S = 5.0, 1.0
+ENVIRON_END = 48  # of the fields behind the name in proc(5)'s stat: where the environment ends, 0 if it is not there yet
 LOOK_S = 0.01
 HOST = os.uname().nodename
 
@@ -21,7 +22,7 @@ HOST = os.uname().nodename
 def belongs(pid: int, run: Path) -> bool:
     """Tell whether process `pid` of this host runs for `run`; one that has ended does not, be it a zombie."""
     try:
-        environ = (PROC / str(pid) / "environ").read_bytes()
+        environ = _environ(PROC / str(pid))
     except OSError:
         return False
     mark = f"{RUN_VARIABLE}=".encode()
@@ -32,6 +33,18 @@ def belongs(pid: int, run: Path) -> bool:
                 return Path(value).samefile(run)  # a run can have several names
             return value == str(run)
     return False
+
+
+def _environ(process: Path) -> bytes:
+    """Return the environment of a process; while it begins a program, it has none to be seen for a moment."""
+    before, deadline = "0", time.monotonic() + BEGUN_WITHIN_S
+    while not (environ := (process / "environ").read_bytes()) and time.monotonic() < deadline:
+        (process / "exe").readlink()  # fails for who has ended, and for the kernel's own, which have no environment either
+        end = (process / "stat").read_text().rsplit(")", 1)[1].split()[ENVIRON_END]
+        if end == before != "0":
+            break  # it has an empty one, and no other since the last look
+        before = end
+    return environ
 
 
 def processes(run: Path) -> list[int]:
@@ -52,20 +65,10 @@ def stopped(run: Path) -> list[int]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether process `pid` is stopped."""
-    return _state(pid) == "T"
-
-
-def lives(pid: int) -> bool:
-    """Tell whether there is a process `pid` that has not ended."""
-    return _state(pid) not in ("", "Z")
-
-
-def _state(pid: int) -> str:
-    """Return the state of process `pid` as proc(5) has it, or nothing."""
+    """Tell whether process `pid` is stopped (proc(5), state T)."""
     with contextlib.suppress(OSError):
-        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
-    return ""
+        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    return False
 
 
 def end(pids: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from .config import DOOR_VARIABLE, GUARD_VARIABLE, START_VARIABLE, STDERR_VARIABLE
+from .config import DOOR_VARIABLE, START_VARIABLE, STDERR_VARIABLE
 from .warmth import Asked, Spec
 
 WORKER = "hpc_elastic.worker"
@@ -25,11 +25,10 @@ OWN_STREAMS = 2  # stdout and stderr; what else is sent has a variable with its 
 
 @dataclass
 class Newborn:
-    """What it is to be: what was `asked` for, the `descriptors` sent along, its guard's pid, and how signals were set."""
+    """What it is to be: what was `asked` for, the `descriptors` sent along, and how signals were set."""
 
     asked: Asked
     descriptors: list[int]
-    guard: int
     dispositions: Mapping[signal.Signals, Any]
 
 
@@ -64,7 +63,6 @@ def be_born(newborn: Newborn) -> None:
     os.environ.update(asked.environ)
     for name, descriptor in zip((STDERR_VARIABLE, DOOR_VARIABLE), others, strict=True):
         os.environ[name] = str(descriptor)
-    os.environ[GUARD_VARIABLE] = str(newborn.guard)
     os.environ[START_VARIABLE] += " warm"
     os.umask(asked.umask)
     os.chdir(asked.directory)

@@ -10,8 +10,9 @@ import msgspec
 from . import events
 from .attempt import beats
 from .broker.slurm import leases
+from .comm.liveness import alive
 from .errors import RunDirectoryError
-from .leftovers import HOST, lives
+from .leftovers import HOST
 from .rundir import Failure, RunDirectory, Status
 
 LIVE = ("starting", "running")
@@ -27,7 +28,7 @@ def failure_of(run: RunDirectory) -> Failure | None:
     found = run.status()
     if found is None or found.state not in LIVE or not found.members:
         return None
-    if any(member.host != HOST or lives(member.pid) for member in found.members):
+    if any(member.host != HOST or alive(member.pid) for member in found.members):
         return None
     last = max([*beats(run.path / "ranks").values(), round(found.time * 1e9)]) / 1e9
     if time.time() - last < SILENT_S or run.is_supervised():  # who will say what is to be said

@@ -30,6 +30,7 @@ from .rundir import End, Failure, RunDirectory, Status
 
 GUARD = Path(__file__).parent / "guard.py"
 LOOK_S = 0.1
+AGENT_S = 10.0  # how long the agent of this host has to end its guards, for which it takes some seconds at most
 PROCESSES, LINES = 4, 12  # whose last words are shown, and how many of them
 WELL = ("ended", "stopped")
 
@@ -182,7 +183,11 @@ class Supervisor:
     def _end_agent(self) -> None:
         if self._agent is not None:
             self._agent.terminate()
-            self._agent.wait()
+            try:
+                self._agent.wait(AGENT_S)
+            except subprocess.TimeoutExpired:  # it is stopped
+                self._agent.kill()
+                self._agent.wait()
             self._agent = None
 
     def _show(self) -> None:

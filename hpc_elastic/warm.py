@@ -340,7 +340,6 @@ class WarmParent:
 
     def newborn(self, line: socket.socket, data: bytes) -> Newborn:
         """Return what this process is to be, once its guard has said that it is still wanted, and sent its descriptors."""
-        peer, _, _ = struct.unpack("iII", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         line.settimeout(GO_S)
         try:
             go, descriptors, _, _ = socket.recv_fds(line, 1, 8)
@@ -349,7 +348,7 @@ class WarmParent:
         if not go:
             os._exit(0)  # the guard has waited no longer
         line.close()
-        return Newborn(warmth.unpacked(data), descriptors, peer, self.dispositions)
+        return Newborn(warmth.unpacked(data), descriptors, self.dispositions)
 
     def bury(self, child: Child) -> None:
         """Tell the guard of a newcomer how that has ended; one that waited has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -168,7 +169,8 @@ class Liveness:
             self._run.condemn(number)
         if member.host == self._host:
             for descriptor in (d for d, n in self._descriptors.items() if n == number):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # another rank was faster
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         elif now - begun > GUARD_S:
             self._gone.add(number)
 

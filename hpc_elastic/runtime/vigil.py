@@ -14,7 +14,7 @@ from ..comm.liveness import Liveness, alive
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..comm.wires import Wires
-from ..config import GUARD_VARIABLE, STDERR_VARIABLE
+from ..config import GUARD_VARIABLE
 from ..errors import LaunchError, RunDirectoryError
 from ..limits import AT_LIMIT
 from ..model import Member
@@ -71,8 +71,7 @@ class Vigil:
         self._departed: dict[str, float] = {}  # host of a leaver -> until when connections with it may break
         self._members: tuple[Member, ...] = ()
         self._changed = threading.Event()  # hosts that are new are asked at once, while all is well
-        self._guard = os.getppid() if STDERR_VARIABLE in os.environ else 0
-        self._far_guard = int(os.environ.pop(GUARD_VARIABLE, "0"))  # of a process that a warm parent has forked
+        self._guard = int(os.environ.pop(GUARD_VARIABLE, "0"))  # as it says: the parent is another one if it has gone by now
 
     def watch(self, members: Iterable[Member]) -> None:
         """Look after these processes from now on."""
@@ -200,7 +199,7 @@ class Vigil:
 
     def _stuck(self) -> str:
         """Return why this process can't go on: it is in a call of MPI's with one who has gone, or for too long."""
-        if not alive(self._far_guard) if self._far_guard else self._guard and os.getppid() != self._guard:
+        if self._guard and not alive(self._guard):
             return "its guard is gone, which answers for it to the launcher"
         if (seconds := self._stuck_in_mpi.seconds()) > LONGEST_CALL_S:
             return f"a call of MPI's did not return within {seconds:.0f} s"

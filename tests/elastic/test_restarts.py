@@ -218,3 +218,14 @@ def test_verify_and_checkpoint(start, tmp_path):
         done = job.wait()
     assert done.code == 0
     assert [row["problems"] for row in json.loads(done.out)] == [[], [], []]
+
+
+def test_a_rank_whose_guard_is_gone_before_it_has_joined(tmp_path):
+    """Nobody would say how it ends: it does so itself, as later on, and the job starts again."""
+    kill = "if not os.path.exists('r/attempts'):\n    os.kill(os.getppid(), 9)\n    time.sleep(0.5)\n"
+    (tmp_path / "script.py").write_text("import os\nimport time\n" + kill + SCRIPT)
+    with Job(hpc_elastic("run", "--run-dir", "r", "script.py", TURNS), folder=tmp_path) as job:
+        done = job.wait()
+    assert done.code == 0, done.err
+    assert done.value("sum") == SUM
+    assert len(happened(tmp_path / "r", events.Restarted)) == 1

@@ -89,6 +89,12 @@ def test_orders_that_are_no_good_cost_only_themselves(run, agent, tmp_path):
     assert "newcomer 4 could not be started" in out
     assert "newcomer 5 could not be started" in out
     assert started.returncode == 0
+    ends = [run.end_of(member) for member in (4, 5)]
+    assert [(end.member, end.host, end.code) for end in ends] == [
+        (4, os.uname().nodename, 127),
+        (5, os.uname().nodename, 127),
+    ]
+    assert ends[0].last_words.startswith("its guard could not be started: [Errno 2] No such file")
 
 
 def test_given_back_when_the_last_one_has_ended(run, agent, tmp_path):

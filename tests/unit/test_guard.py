@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 import hpc_elastic
 from hpc_elastic import limits
+from hpc_elastic.guard import Guard
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import Failure, RankRecord, RunDirectory
 from hpc_elastic.warmth import unpacked
@@ -476,6 +478,26 @@ def test_and_for_one_that_dies_just_when_it_is_called(run, tmp_path):
     assert not heard
 
 
+def test_who_comes_for_one_that_has_ended_is_refused(run, tmp_path):
+    """And has somebody stand in for it: to be let in and not answered would look as if the guard had been killed."""
+    burying = Guard(str(run.path), "7", str(tmp_path / "door"))
+    burying.stderr = -1
+    theirs = burying.open_door()
+    came = []
+
+    def there(*_):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+            came.append(caller.connect_ex(str(tmp_path / "door")))
+        return False
+
+    burying.there = there
+    burying.bury()
+    assert came == [errno.ECONNREFUSED]
+    burying.door.close()
+    for descriptor in (theirs, burying.leader):
+        os.close(descriptor)
+
+
 LEADER = """
 import subprocess, sys
 subprocess.Popen(sys.argv[1:])
@@ -500,6 +522,19 @@ def test_a_newcomer_whose_leader_is_gone_is_killed(run, tmp_path):
         leader.stdin.close()
         until(lambda: run.end_of(7) is not None)
         assert not runs(rank)
+    assert run.end_of(7).signal == signal.SIGKILL
+
+
+def test_so_is_one_whose_leader_was_gone_before_its_guard_could_look(run, tmp_path):
+    """Its parent is another one by then."""
+    begin = "import os, subprocess, sys; subprocess.Popen(sys.argv[1:], env={'_HPC_ELASTIC_PARENT': str(os.getpid())})"
+    parent = "int(os.environ['_HPC_ELASTIC_PARENT'])"
+    later = f"import os, sys, time\nwhile os.getppid() == {parent}: time.sleep(0.01)\nos.execv(sys.argv[1], sys.argv[1:])"
+    rank = python(f"import os, signal; {SAY}; signal.pause()")
+    command = [*python(begin), *python(later), *warm(run, tmp_path / "door", *rank)]
+    with started(command, stdout=subprocess.PIPE, text=True) as leader:
+        out, _ = leader.communicate(timeout=LIMIT_S)
+        assert not runs(int(out))
     assert run.end_of(7).signal == signal.SIGKILL
 
 

@@ -115,6 +115,21 @@ def test_a_stalled_process_is_killed(run, sleepers):
     liveness.close()
 
 
+def test_another_rank_kills_it_at_that_moment(run, sleepers, monkeypatch):
+    member = sleepers(7)
+    run.beat_file(7).touch()
+    liveness = Liveness(run, 1.0)
+    liveness.watch([member])
+
+    def condemned(_):
+        os.kill(member.pid, signal.SIGKILL)
+        os.waitpid(member.pid, 0)
+
+    monkeypatch.setattr(run, "condemn", condemned)
+    until(lambda: liveness.lost() == {7})
+    liveness.close()
+
+
 def test_another_host_is_judged_by_its_guard(run):
     away = Member(3, os.getpid(), "elsewhere")
     liveness = Liveness(run, 30.0)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
+import time
 
 import pytest
 
 from hpc_elastic.rundir import RunDirectory
 from hpc_elastic.runtime.signals import heeded
+
+LIMIT_S = 20.0
 
 
 @pytest.mark.parametrize(("number", "what"), [(signal.SIGTERM, "leave"), (signal.SIGINT, "stop")])
@@ -41,4 +47,33 @@ with heeded(RunDirectory(pathlib.Path(sys.argv[1])), 0):
     done = subprocess.run([sys.executable, "-c", code, run.path], stderr=writer, check=False)
     os.close(writer)
     assert done.returncode == 0
+
+
+def test_a_signal_in_the_midst_of_a_word(tmp_path, monkeypatch):
+    """The job is asked to stop, which nobody is told; the rank goes on with what it was about to say."""
+    run, heard = RunDirectory.create(tmp_path / "r"), []
+    reader, writer = os.pipe()
+    room = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
+
+    def until(done):
+        limit = time.monotonic() + LIMIT_S
+        while not done() and time.monotonic() < limit:
+            time.sleep(0.01)
+
+    def listen():
+        until(lambda: int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder) == room)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        until(run.requests)
+        while data := os.read(reader, room):
+            heard.append(data)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with open(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with heeded(run, 1):
+            print("x" * 2 * room, file=sys.stderr)
+    listener.join(LIMIT_S)
+    os.close(reader)
+    assert b"".join(heard) == b"x" * 2 * room + b"\n"
     assert [request.kind for _, request in run.requests()] == ["stop"]

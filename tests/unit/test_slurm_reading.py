@@ -5,6 +5,7 @@ The output was recorded on clusters of four nodes, and cut down to a few jobs an
 """
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,6 +305,13 @@ def test_no_command():
 
 def test_a_command_at_its_limit():
     assert Calls().run(["sleep", "60"], limit_s=0.05).late
+
+
+def test_what_a_command_has_started_ends_with_it():
+    """It would hold the pipes open."""
+    began = time.monotonic()
+    assert Calls().run(["sh", "-c", "sleep 60; true"], limit_s=0.05).late
+    assert time.monotonic() - began < 30
 
 
 def test_environment():

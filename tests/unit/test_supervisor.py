@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_elastic import attempt, events, leftovers, restarts
+from hpc_elastic import attempt, events, leftovers, restarts, supervisor
 from hpc_elastic.attempt import Pulse
 from hpc_elastic.checkpoint import About, Store
 from hpc_elastic.comm.vendor import find_mpiexec
@@ -438,6 +438,18 @@ def test_account():
 # --- cleaning ---------------------------------------------------------------------------------------------------------
 
 
+def test_an_agent_that_is_stopped_is_killed_in_the_end(monkeypatch):
+    monkeypatch.setattr(supervisor, "AGENT_S", 0.1)
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *_: None); print(flush=True)\nwhile True: signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as agent:
+        agent.stdout.readline()
+        agent.send_signal(signal.SIGSTOP)
+        under = supervisor.Supervisor.__new__(supervisor.Supervisor)
+        under._agent = agent
+        under._end_agent()
+    assert agent.returncode == -signal.SIGKILL
+
+
 def test_what_is_left_is_ended_before_the_next_attempt(start):
     """Even what has left the launcher's process group, and does not heed SIGTERM."""
     with start(
@@ -458,6 +470,31 @@ rank.end()
         done = job.wait()
     assert done.code == 0, done.err
     assert len(told(events.Restarted)) == 1
+
+
+def test_a_process_that_begins_one_program_after_the_other_always_belongs(tmp_path):
+    run = RunDirectory.create(tmp_path / "run")
+    text = (
+        "n, code = sys.argv[1:]; int(n) and os.execv(sys.executable, [sys.executable, '-ISc', code, str(int(n) - 1), code])"
+    )
+    code = f"import os, sys; {text}; sys.stdin.read()"
+    command, environ = [sys.executable, "-ISc", code, "100", code], {RUN_VARIABLE: str(run.path)}
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE) as process:
+        proc = Path(f"/proc/{process.pid}")
+        while proc.joinpath("cmdline").read_bytes().split(b"\0")[3:4] != [b"0"]:
+            assert leftovers.belongs(process.pid, run.path)
+
+
+def test_who_has_an_empty_environment_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(leftovers, "BEGUN_WITHIN_S", LIMIT_S)
+    command, pipe = [sys.executable, "-ISc", "print(flush=True); input()"], subprocess.PIPE
+    with subprocess.Popen(command, env={}, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        began = time.monotonic()
+        assert not leftovers.belongs(process.pid, tmp_path)
+        assert time.monotonic() - began < LIMIT_S
+        process.stdin.close()
+    assert not leftovers.belongs(process.pid, tmp_path)
 
 
 def sleeper(run, **more):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -82,7 +84,7 @@ class Calls:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environment(),
-                start_new_session=True,  # a Ctrl-C at the terminal must not withdraw nodes
+                start_new_session=True,  # a Ctrl-C at the terminal must not withdraw nodes, and what it starts ends with it
             )
         except OSError as error:
             raise SlurmMissing(
@@ -94,16 +96,22 @@ class Calls:
                 out, err = process.communicate(stdin.encode(), timeout=limit_s)
             except subprocess.TimeoutExpired:
                 late = True
-                process.terminate()
+                _signal(process, signal.SIGTERM)
                 try:
                     out, err = process.communicate(timeout=END_S)
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    _signal(process, signal.SIGKILL)
                     out, err = process.communicate()
             except BaseException:
-                process.kill()
+                _signal(process, signal.SIGKILL)
                 raise
         return Output(out, err.decode(errors="replace"), process.returncode, late)
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a command and what it has started: of a site's own script that would hold the pipes open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def in_time(args: Sequence[str], output: Output, limit_s: float) -> Output:

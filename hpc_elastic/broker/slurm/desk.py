@@ -118,8 +118,8 @@ class Desk:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_BACK_OFF_S)
                     continue
-                except (SlurmError, OSError):
-                    pass  # what came of it stands in the companion's files
+                except (SlurmError, OSError, RuntimeError):  # the last: no thread can be started just now
+                    pass  # what came of it stands in the companion's files, or its time runs out
                 break
 
     def _get(self, number: int, asked: Asked, options: tuple[str, ...]) -> None:
@@ -175,7 +175,7 @@ class Desk:
             try:
                 needs = self.state.needs or self._needs()
                 snapshot = self._slurm.snapshot()
-            except SlurmError as problem:
+            except (SlurmError, OSError) as problem:  # the run directory can't be written, for a while
                 pause = min(2 * pause, LONGEST_BACK_OFF_S)
                 with self._lock:
                     self.state = replace(self.state, trouble=str(problem))
