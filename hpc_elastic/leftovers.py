@@ -56,6 +56,11 @@ def is_stopped(pid: int) -> bool:
     return _state(pid) == "T"
 
 
+def is_zombie(pid: int) -> bool:
+    """Tell whether process `pid` has ended, and its parent has not taken note of it yet."""
+    return _state(pid) == "Z"
+
+
 def lives(pid: int) -> bool:
     """Tell whether there is a process `pid` that has not ended."""
     return _state(pid) not in ("", "Z")
