@@ -65,10 +65,20 @@ def stopped(run: Path) -> list[int]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether process `pid` is stopped (proc(5), state T)."""
+    """Tell whether process `pid` is stopped."""
+    return _state(pid) == "T"
+
+
+def is_zombie(pid: int) -> bool:
+    """Tell whether process `pid` has ended, and its parent has not taken note of it yet."""
+    return _state(pid) == "Z"
+
+
+def _state(pid: int) -> str:
+    """Return the state of process `pid` as proc(5) has it, or nothing."""
     with contextlib.suppress(OSError):
-        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-    return False
+        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+    return ""
 
 
 def end(pids: Iterable[int]) -> None:

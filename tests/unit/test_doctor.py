@@ -17,6 +17,7 @@ from hpc_elastic.comm import vendor
 from hpc_elastic.comm.vendor import VENDORS, find_mpiexec
 from hpc_elastic.doctor import Check, ProbeError, examine, run_limited, table
 from hpc_elastic.errors import LaunchError
+from tests.launch import until
 
 PYTHON = [sys.executable, "-P", "-c"]
 
@@ -206,8 +207,14 @@ def test_slurm_that_does_not_answer(tmp_path, monkeypatch):
 # --- the limit --------------------------------------------------------------------------------------------------------
 
 
-def test_command_that_hangs_is_killed_with_its_children(tmp_path):
-    note = tmp_path / "pids"
+def test_command_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
+    note, usual = tmp_path / "pids", subprocess.Popen.communicate
+
+    def communicate(process, timeout):
+        until(lambda: note.exists() and note.read_text().count("\n") == 2)  # the limit counts once both are there
+        return usual(process, timeout=timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
     code = f"import os,time; os.fork(); open({str(note)!r},'a').write(f'{{os.getpid()}}\\n'); time.sleep(600)"
     with pytest.raises(ProbeError, match=r"no answer within 1 s, so it was killed"):
         run_limited([*PYTHON, code], 1)
@@ -232,7 +239,7 @@ def test_limit_reaches_what_mpi_has_spawned(tmp_path, monkeypatch):
     )
     (tmp_path / "probe.py").write_text(hanging.replace("def library", wait + "def library"))
     monkeypatch.setattr(doctor, "PROBE", tmp_path / "probe.py")
-    monkeypatch.setattr(doctor, "LIMIT_S", 8)
+    monkeypatch.setattr(doctor, "LIMIT_S", 14)  # 5 s more than the probe has, in which both must have come to their note
     path, found = find_mpiexec()
     check = doctor._spawn("spawn", [str(path), *found.launch, "-n", "1"], needed=True, advice="try")
     assert not check.good

@@ -136,7 +136,9 @@ rank.end()
     ) as job:
         job.wait()
     (event,) = told(events.Restarted)
-    assert event.time - float(Path("died").read_text()) < 1.0  # 0.1 s, on a machine that is not busy
+    assert event.wait_s == 0.0
+    # 0.1 s, but for a machine that stalls: less than is given to ranks that may have something to say.
+    assert event.time - float(Path("died").read_text()) < attempt.GRACE_S
 
 
 def test_an_error_of_the_program_is_not_restarted(start):
@@ -604,7 +606,7 @@ def test_a_job_that_is_lost_while_it_stops(start):
 
 def test_a_signal_while_it_waits_to_start_again(start):
     with start('rank = Rank()\nrank.fail("lost", step=rank.attempt)') as job:
-        until(lambda: Path("r/attempts/3").exists())  # a wait of 2 s
+        until(lambda: Path("r/attempts/4").exists())  # a wait of 4 s
         os.kill(job.process.pid, signal.SIGTERM)
         done = job.wait()
     assert done.code == 130
