@@ -78,7 +78,7 @@ class Agent:
         if self.number == "own":
             self.forget()
         elif self.is_step:
-            signal.signal(signal.SIGTERM, self.told)
+            signal.signal(signal.SIGTERM, self.note_term)
             out = os.open(self.file("out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -99,7 +99,7 @@ class Agent:
             time.sleep(POLL_S)
         return "it was told to end"
 
-    def tell(self, *_: object) -> None:
+    def end_soon(self, *_: object) -> None:
         """Have it end, but not while it starts somebody: who was not noted down yet would be left behind."""
         self.ending = True
 
@@ -111,7 +111,7 @@ class Agent:
             except FileNotFoundError:
                 pass
 
-    def told(self, *_: object) -> None:
+    def note_term(self, *_: object) -> None:
         """Say that Slurm has told the companion to go: the ranks have a while to leave."""
         say_term(self.run, self.number)
 
@@ -142,6 +142,8 @@ class Agent:
             return
         for name in names:
             stem, kind = os.path.splitext(name)
+            if self.ending:
+                return
             if kind != ".json" or not stem.isdigit():
                 continue
             path = os.path.join(self.orders, name)
@@ -330,7 +332,7 @@ def main() -> None:
         return
     run, number, quiet_s = arguments[-3:]
     agent = Agent(run, number, float(quiet_s), is_step=arguments[0] == "--step")
-    signal.signal(signal.SIGTERM, agent.tell)
+    signal.signal(signal.SIGTERM, agent.end_soon)
     why = "its agent has failed"
     try:
         why = agent.serve()

@@ -33,9 +33,9 @@ from .control import (
 from .errors import ConfigError, RunDirectoryError
 from .looking import inspect, report, tensorboard, verify
 from .model import Request
-from .outputs import have_all, put
 from .rundir import RunDirectory
-from .standing import failure_of, past, remarks, silence, standing, status_of
+from .standing import past, remarks, silence, stand, standing
+from .streams import have_all, put
 from .submit import submit
 
 app = typer.Typer(
@@ -190,7 +190,7 @@ def status(run: Run, as_json: Json = False) -> None:
 
     with errors():
         directory = RunDirectory(run)
-        found, failure, before = status_of(directory), failure_of(directory), past(directory)
+        (found, failure), before = stand(directory), past(directory)
         if as_json:
             typer.echo(msgspec.json.encode({**msgspec.structs.asdict(found), **before}).decode())
             return

@@ -23,6 +23,7 @@ it itself (`adoption.py`). Only the parent gets to know how it has ended, so it 
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import select
 import signal
@@ -41,7 +42,7 @@ else:  # run by path: so is what lies beside this file loaded, faster than by im
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 DOOR, STDERR, LEADER = "HPC_ELASTIC_DOOR", "_HPC_ELASTIC_STDERR", "_HPC_ELASTIC_LEADER"
-PARENT, GUARD = "_HPC_ELASTIC_PARENT", "_HPC_ELASTIC_GUARD"
+LEADER_PID, GUARD = "_HPC_ELASTIC_LEADER_PID", "_HPC_ELASTIC_GUARD"
 START = "_HPC_ELASTIC_START"  # tells a newcomer since when it is being started, how, and why not by a fork
 LOOK_S, GRACE_S, STAND_IN_S = 0.25, 3.0, 10.0
 SETTLE_S, ANSWER_S = 0.02, 2.0  # how long the launcher may take for an answer under way, and for any
@@ -125,9 +126,14 @@ class Guard:
         """Listen for handover.py, watch the leader, and return the newcomer's end of its door."""
         self.far_leader = os.environ.pop(LEADER, "")
         if not self.far_leader:
-            self.leader = os.pidfd_open(os.getppid())
-            if os.getppid() != int(os.environ.pop(PARENT, os.getppid())):  # this is who takes orphans
-                os.close(self.leader)
+            leader = int(os.environ.pop(LEADER_PID, os.getppid()))
+            try:
+                self.leader = os.pidfd_open(leader)
+            except ProcessLookupError:
+                self.leader = -1
+            if os.getppid() != leader:  # it has gone, and another process may have its number by now
+                if self.leader >= 0:
+                    os.close(self.leader)
                 self.leader, self.alone_since = -1, time.monotonic()
         self.listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
@@ -258,7 +264,12 @@ class Guard:
 
     def hand_on(self, listener: _socket.socket) -> None:
         """Take the launcher's gifts from handover.py and hand them on to the newcomer."""
-        caller = _socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            caller = _socket.socket(fileno=listener._accept()[0])  # type: ignore[attr-defined]  # noqa: SLF001
+        except OSError as problem:
+            if problem.errno != errno.EINVAL:
+                raise
+            return  # nobody has come, and nobody can any more
         caller.settimeout(ANSWER_S)
         try:
             data, ancillary, _, _ = caller.recvmsg(LARGEST, 1024)
@@ -291,10 +302,7 @@ class Guard:
             self.record(code, max(0, -ended), peak_kib * 1024)
         if self.listener is not None:
             self.listener.shutdown(_socket.SHUT_RDWR)  # handover.py, if it comes now, is refused, and has somebody stand in
-            try:
-                self.hand_on(self.listener)  # it came just before, and must be told
-            except OSError:
-                pass  # it did not
+            self.hand_on(self.listener)  # if it came just before, it must be told
         if self.caller is not None and self.door is not None and select.select([self.door], [], [], 0)[0]:
             self.answer(self.door)
         # If there are no others, or the job has failed, the launcher may know how it ended.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from .comm.vendor import VENDORS, named, orphaned_files, orphaned_shared_memory
 from .config import RUN_VARIABLE
+from .processes import ENVIRON_END, PARENT, fields, is_stopped
 
 PROC = Path("/proc")
 GONE_WITHIN_S, BEGUN_WITHIN_S = 5.0, 1.0
-ENVIRON_END = 48  # of the fields behind the name in proc(5)'s stat: where the environment ends, 0 if it is not there yet
-LOOK_S = 0.01
+LOOK_S, MOMENT_S = 0.01, 0.0002
 HOST = os.uname().nodename
 
 
@@ -40,10 +40,12 @@ def _environ(process: Path) -> bytes:
     before, deadline = "0", time.monotonic() + BEGUN_WITHIN_S
     while not (environ := (process / "environ").read_bytes()) and time.monotonic() < deadline:
         (process / "exe").readlink()  # fails for who has ended, and for the kernel's own, which have no environment either
-        end = (process / "stat").read_text().rsplit(")", 1)[1].split()[ENVIRON_END]
+        found = fields(int(process.name))
+        end = found[ENVIRON_END] if found else "0"  # where it ends in memory, 0 if it is not there yet
         if end == before != "0":
             break  # it has an empty one, and no other since the last look
         before = end
+        time.sleep(MOMENT_S)
     return environ
 
 
@@ -64,23 +66,6 @@ def stopped(run: Path) -> list[int]:
     return [pid for pid in processes(run) if is_stopped(pid)]
 
 
-def is_stopped(pid: int) -> bool:
-    """Tell whether process `pid` is stopped."""
-    return _state(pid) == "T"
-
-
-def is_zombie(pid: int) -> bool:
-    """Tell whether process `pid` has ended, and its parent has not taken note of it yet."""
-    return _state(pid) == "Z"
-
-
-def _state(pid: int) -> str:
-    """Return the state of process `pid` as proc(5) has it, or nothing."""
-    with contextlib.suppress(OSError):
-        return (PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
-    return ""
-
-
 def end(pids: Iterable[int]) -> None:
     """Kill processes."""
     for pid in pids:
@@ -93,10 +78,7 @@ def _line() -> set[int]:
     found, pid = set[int](), os.getpid()
     while pid > 0 and pid not in found:
         found.add(pid)
-        try:
-            pid = int((PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            break
+        pid = int((fields(pid) or ["", "0"])[PARENT])
     return found
 
 

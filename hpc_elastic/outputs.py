@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, AnyStr, BinaryIO
+from typing import BinaryIO
 
 from .config import RUN_VARIABLE
+from .streams import put
 
 RELAY = Path(__file__).parent / "relay.py"
 LAST_WORDS_S = 5.0  # how long companions that are about to end are waited for, and who reads slowly
 LOOK_S = 0.05
-GONE = (errno.EPIPE, errno.EIO)  # a reader, or a terminal
-
-
-def have_all() -> None:
-    """Let stdin, stdout and stderr go nowhere where whoever started this process has closed them.
-
-    The next file that is opened would take the place of one, and get what is printed, or be held open by each child.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (for as long as this process lasts)
-
-
-def put(stream: IO[AnyStr], words: AnyStr) -> None:
-    """Write `words` to `stream` at once. If nobody reads it any more, it goes nowhere from now on."""
-    try:
-        stream.write(words)
-        stream.flush()
-    except BlockingIOError:
-        pass  # somebody has set it so; what is left in the stream's buffer goes with the next words
-    except OSError as problem:
-        # What can't be written stays in the stream's buffer, and would fail again, at the latest when the process ends.
-        with contextlib.suppress(OSError):
-            kept, null = os.dup(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            stream.flush()
-            if problem.errno not in GONE:  # a disk that is full may have room again
-                os.dup2(kept, stream.fileno())
-            os.close(null)
-            os.close(kept)
 
 
 class Relay:
@@ -71,14 +36,17 @@ class Relay:
         command = [sys.executable, "-I", "-S", str(RELAY), *map(str, ends)]
         # It is no process of the run, as it ends by itself; but Python may need the rest, as LD_LIBRARY_PATH.
         environ = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}
+        self.stdout, self.stderr = pairs[0][1], pairs[-1][1]
         try:
             self._process = subprocess.Popen(
                 command, env=environ, pass_fds=ends, stdin=subprocess.DEVNULL, start_new_session=True
             )
+        except OSError:
+            self.begun()
+            raise
         finally:
             for reader, _ in pairs:
                 os.close(reader)
-        self.stdout, self.stderr = pairs[0][1], pairs[-1][1]
 
     def begun(self) -> None:
         """Close the ends that the launcher has by now."""
@@ -118,13 +86,13 @@ class Outputs:
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("[0-9]*.out"))
 
-    def relay(self, *, all_of_it: bool = False) -> None:
+    def pass_on(self, *, all_of_it: bool = False) -> None:
         """Pass on whole lines that have come since the last call, and with `all_of_it` the rest as well."""
         for path in self._files():
             with contextlib.suppress(OSError):
-                self._relay(path, all_of_it=all_of_it)
+                self._pass_on(path, all_of_it=all_of_it)
 
-    def _relay(self, path: Path, *, all_of_it: bool) -> None:
+    def _pass_on(self, path: Path, *, all_of_it: bool) -> None:
         at = self._read.get(path.name, 0)
         if path.stat().st_size <= at:
             return

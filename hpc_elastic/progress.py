@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .config import SUPERVISED_VARIABLE
-from .outputs import put
+from .streams import put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

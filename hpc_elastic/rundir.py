@@ -1,11 +1,11 @@
 """The run directory: all control of a job goes through its files, and the file system's permissions are the security.
 
 RUN/                 mode 0700
-    config.json      settings given on the command line
+    config.json      settings of the attempt at hand, where they differ from the defaults
     events.jsonl     what happened (`hpc_elastic.events`)
     status.json      how it stands, rewritten by the leader
     failure.json     why it failed; the first rank that writes it wins
-    launch.json      how it was started, for `hpc-elastic resume`
+    launch.json      how it was started, with the settings that it last ran with, for `hpc-elastic resume`
     supervisor.lock  locked (flock) for as long as there is a supervisor
     attempts/N/      what earlier attempts left: their ranks/, newcomers/, condemned/, losses/, office.json, failure.json
     office.json      what the leader knows and its successor must, when the leader is lost

@@ -10,47 +10,63 @@ import msgspec
 from . import events
 from .attempt import beats
 from .broker.slurm import leases
-from .comm.liveness import alive
 from .errors import RunDirectoryError
 from .leftovers import HOST
+from .processes import age_s, alive
 from .rundir import Failure, RunDirectory, Status
 
 LIVE = ("starting", "running")
 STALE_S = 30.0
-SILENT_S = 5.0  # ranks show a sign of life each second
+SILENT_S = 5.0  # ranks show four signs of life a second
 
 
-def failure_of(run: RunDirectory) -> Failure | None:
-    """Return why `run` failed, also if nobody was left to say so; None if it has not, as far as this host can see."""
-    failure = run.failure()
-    if failure is not None:
-        return failure
-    found = run.status()
-    if found is None or found.state not in LIVE or not found.members:
+def look(run: RunDirectory) -> tuple[Status | None, Failure | None]:
+    """Return the status of `run` and why it failed, also if nobody was left to say so; as far as this host can see."""
+    status, failure = run.status(), run.failure()
+    return status, failure or (_abandoned(run, status) if status is not None else None)
+
+
+def _abandoned(run: RunDirectory, status: Status) -> Failure | None:
+    """Return the failure of a job whose processes, all of this host, are gone without a word; None if there are some."""
+    if status.state not in LIVE or not status.members:
         return None
-    if any(member.host != HOST or alive(member.pid) for member in found.members):
-        return None
-    last = max([*beats(run.path / "ranks").values(), round(found.time * 1e9)]) / 1e9
-    if time.time() - last < SILENT_S or run.is_supervised():  # who will say what is to be said
+    silent_s = time.time() - status.time
+    for member in status.members:
+        # Whoever has begun since then is another process with that number, as after the machine was started anew.
+        if member.host != HOST or (alive(member.pid) and age_s(member.pid) > silent_s - SILENT_S):
+            return None
+    # Files' times may be by another clock, but the status has this one's: at worst it is found out later.
+    last = max([*beats(run.path / "ranks").values(), round(status.time * 1e9)]) / 1e9
+    if time.time() - last < SILENT_S or run.is_supervised():  # by who will say what is to be said
         return None
     why = "its processes are gone, and none of them could say why: killed from outside, most likely"
     return Failure(
-        error=why, traceback="", member=-1, rank=-1, host=HOST, generation=-1, step=found.step, kind="lost", time=last
+        error=why, traceback="", member=-1, rank=-1, host=HOST, generation=-1, step=status.step, kind="lost", time=last
     )
 
 
-def status_of(run: RunDirectory) -> Status:
-    """Return the status of `run`. A job killed from outside could not say so itself, but others have.
+def stand(run: RunDirectory) -> tuple[Status, Failure | None]:
+    """Return the status of `run`, and why it failed.
 
     A job that is over has no members, and the time is that of its end.
+
+    Raises
+    ------
+    RunDirectoryError
+        If it has no status yet.
     """
-    found, failure = run.status(), failure_of(run)
+    found, failure = look(run)
     if found is None:
         why = failure.error if failure else "the job has not reached its first step"
         raise RunDirectoryError(f"{run.path} has no status yet: {why}")
     if failure is not None:
         found = msgspec.structs.replace(found, state="failed", time=failure.time)
-    return found if found.state in LIVE else msgspec.structs.replace(found, members=(), under_way="")
+    return found if found.state in LIVE else msgspec.structs.replace(found, members=(), under_way=""), failure
+
+
+def status_of(run: RunDirectory) -> Status:
+    """Return the status of `run`; see `stand`."""
+    return stand(run)[0]
 
 
 def silence(status: Status) -> str:

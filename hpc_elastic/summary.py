@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from . import events
-from .standing import LIVE, failure_of
+from .standing import LIVE, look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         If a file of the run is damaged.
     """
     happened = events.read(run.events)
-    status, failure = run.status(), failure_of(run)
+    status, failure = look(run)
     starts = [event for event in happened if isinstance(event, events.Started)]
     started = starts[0] if starts else None
     ended = _end(happened)

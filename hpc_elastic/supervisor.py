@@ -52,7 +52,7 @@ class Supervisor:
         self.run, self.launch, self._lock, self.mpiexec, self.vendor = prepared
         self._outputs = Outputs(self.run.path / "companions", sys.stdout.buffer)
         self.config = build(self.launch.settings)
-        self._new = new
+        self._new = self._kept = new  # whether launch.json has the settings: once the job has come to run with them
         self._began = time.time()
         self._progress = Progress(Progress.mode(self.config.progress))
         self._interrupts = Interrupts()
@@ -153,7 +153,7 @@ class Supervisor:
             self._end_agent()
             if well:
                 self._outputs.finish()
-            self._outputs.relay(all_of_it=True)
+            self._outputs.pass_on(all_of_it=True)
             left = attempt.clean(thoroughly=not well or attempt.lingers)
             if not well:
                 self._clean_checkpoints()
@@ -170,7 +170,7 @@ class Supervisor:
                 null = subprocess.DEVNULL
                 self._agent = subprocess.Popen(own_agent(self.run.path), env=environ, stdin=null, start_new_session=True)
             self._show()
-            self._outputs.relay()
+            self._outputs.pass_on()
             try:
                 over = attempt.over(self.config.stall_s, self.config.deadline_s, well=self._ended_well())
             except RunDirectoryError:  # it can be on a file system that has a bad moment
@@ -198,9 +198,10 @@ class Supervisor:
             self._progress.show(status)
         if not self._settled and status.state not in ("starting", "failed"):
             self._settle()
-            if self._settled and not self._new:
-                with contextlib.suppress(OSError):
-                    self.run.put_launch(self.launch)  # it runs with the settings that it was resumed with
+        if self._settled and not self._kept and status.state not in ("starting", "failed"):
+            with contextlib.suppress(OSError):  # such as a full disk, which may have room at the next look
+                self.run.put_launch(self.launch)
+                self._kept = True
 
     def _settle(self) -> None:
         """Take over what the script itself sets: the job has said what came of all settings."""
@@ -250,7 +251,7 @@ class Supervisor:
         if self._interrupts.first:
             stopped = status is not None and status.state == "stopped"
             text = f"stopped at step {status.step}" if status and stopped else "the job ended before it could stop"
-            if not stopped:
+            if status is not None and not stopped:
                 lose(self.run, text, "interrupted")
             return self._interrupted(failure.error if failure else text)
         if failure is not None and failure.kind != "lost":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from . import events
 from .course import Back, Change, Course, Entry
 from .errors import ConfigError
-from .standing import failure_of
+from .standing import LIVE, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,14 +111,14 @@ def write(run: RunDirectory, folder: Path, *, follow: bool, pause: Callable[[flo
 def _fill(log: Log, run: RunDirectory, *, follow: bool, pause: Callable[[float], None]) -> None:
     course, reader, failed_s, awaited = Course(), events.Reader(run.events), 0.0, False
     while True:
-        status = run.status()  # before the events: what it says is in them
-        failed_s = failed_s + LOOK_S if run.failed() or failure_of(run) else 0.0
+        status, failure = look(run)  # before the events: what it says is in them
+        failed_s = failed_s + LOOK_S if failure is not None else 0.0
         for event in reader.read():
             for entry in course.follow(event):
                 log.put(entry)
             awaited = isinstance(event, events.Restarted)
         log.flush()
-        over = status is not None and status.state not in ("starting", "running")
+        over = status is not None and status.state not in LIVE
         if not follow or over or (failed_s > FAILED_S and not awaited):
             return
         pause(LOOK_S)

@@ -19,7 +19,6 @@ back. It ends when the run is over, or gone, or when no rank has given a sign of
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import os
@@ -34,11 +33,11 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import warmth
+from . import locks, warmth
 from .encoding import decoded
-from .leftovers import is_stopped
 from .newborn import Newborn, be_born, get_ready
 from .preloading import preload_gently, threads
+from .processes import is_stopped
 
 LOOK_S, BEATS_S, QUIET_S = 0.25, 2.0, 10.0
 ANSWER_S, GO_S = 0.5, 5.0
@@ -111,15 +110,13 @@ class WarmParent:
 
     def lock(self) -> bool:
         """Be the only one of this host; False if there is one."""
-        self.locked = os.open(self.folder / f"{HOST}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = locks.take(self.folder / f"{HOST}.lock")
+        if locked is None:
             return False
-        except OSError:  # a file system without locks
-            pass
-        os.ftruncate(self.locked, 0)
-        os.write(self.locked, str(os.getpid()).encode())  # for people
+        self.locked = locked
+        locked.truncate(0)
+        locked.write(str(os.getpid()).encode())  # for people
+        locked.flush()
         return True
 
     # --- getting ready ------------------------------------------------------------------------------------------------
@@ -199,7 +196,7 @@ class WarmParent:
         self.stale = True
         self.listener.close()
         self.socket.unlink(missing_ok=True)
-        os.close(self.locked)
+        self.locked.close()
         for child in self.waiting:
             child.line.close()  # which ends it
 
@@ -246,7 +243,7 @@ class WarmParent:
             pid = os.fork()
         if pid == 0:
             self.listener.close()
-            os.close(self.locked)
+            self.locked.close()
             for child in (*self.children, *self.waiting):
                 os.close(child.descriptor)
                 child.line.close()

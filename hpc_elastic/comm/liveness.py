@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from ..model import Member
+from ..processes import alive
 from ..rundir import RunDirectory
 
 BEATS_EVERY_S = 1.0
@@ -220,12 +221,3 @@ class Deaf:
         else:
             self._looks += 1  # one that was stopped itself has looked little
         return now - self._since > DEAF_S and self._looks > DEAF_LOOKS
-
-
-def alive(pid: int) -> bool:
-    """Tell whether process `pid` of this host runs (a zombie does not)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:  # noqa: PTH123  (called often)
-            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -23,7 +23,7 @@ from .messages import Options, options_file
 PACKAGE = Path(__file__).parent.parent
 HERE = os.uname().nodename
 LEADER_VARIABLE = "_HPC_ELASTIC_LEADER"  # for a guard whose leader is on another host: the leader's number
-PARENT_VARIABLE = "_HPC_ELASTIC_PARENT"  # for any other: the leader's pid
+LEADER_PID_VARIABLE = "_HPC_ELASTIC_LEADER_PID"  # for any other: the leader's pid
 # What a launcher sets for the rank that starts a newcomer, and that is not the newcomer's.
 LAUNCHER = ("PMI_", "PMIX_", "OMPI_COMM_", "OMPI_UNIVERSE", "PRTE_LAUNCHED", "HYDI_", "MPI_LOCAL")
 # What Slurm sets for a job that is not the companion's. SLURM_CONF is the cluster's.
@@ -120,7 +120,7 @@ def start(run: RunDirectory, options: Options) -> Guarded:
     environ = without_session() | ({"CUDA_VISIBLE_DEVICES": options.gpus} if options.gpus else {})
     if options.companion == OWN and options.host in (LOCALHOST, socket.gethostname()):
         stderr = int(os.environ.get(STDERR_VARIABLE, "2"))  # not through this rank's guard, which goes with it
-        environ[PARENT_VARIABLE] = str(os.getpid())
+        environ[LEADER_PID_VARIABLE] = str(os.getpid())
         try:
             return Near(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=stderr))
         except OSError as problem:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import msgspec
 
 from .. import events
-from ..comm.liveness import alive
 from ..comm.vendor import own_shared_memory, under_launcher
 from ..comm.waiting import LeftOut
 from ..errors import ElasticError, JobError, LostRank, RankError, RunDirectoryError
 from ..model import Member
+from ..processes import alive
 from ..rundir import Failure
+from ..streams import put
 
 if TYPE_CHECKING:
     from ..comm.door import Door
@@ -80,8 +81,7 @@ def fail(job: Job, error: BaseException) -> None:
         first = _recorded(session, failure)
         if first:
             # Now, and once: a launcher that sees another rank end can end this one before its interpreter's end.
-            sys.stderr.write(f"{trace}hpc_elastic: {text}\n")
-            sys.stderr.flush()
+            put(sys.stderr, f"{trace}hpc_elastic: {text}\n")
     job.membership.abandon()
     _remove_shared_memory()
     message, kind = text, cast("type[JobError]", RankError)
@@ -140,8 +140,7 @@ def _newcomer_failed(job: Job, text: str, error: BaseException) -> None:
     if not isinstance(error, (Exception, SystemExit)) or membership.door is None or session.run.failed():
         return
     if not isinstance(error, LostRank):
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        put(sys.stderr, "".join(traceback.format_exception(error)))
     # Members that wait for this one must not take it for one that left by itself.
     session.record(job.member, "failed" if membership.called else "cancelled", text)
     if not membership.called and not isinstance(error, LostRank):
@@ -196,10 +195,9 @@ def watch_for_failure(job: Job) -> None:
 
 def end_alone(job: Job, reason: str) -> NoReturn:
     """End this process, which is a lost rank to the others from now on: they judge what becomes of the job."""
+    put(sys.stderr, f"hpc_elastic: process {job.member.id} ends itself: {reason}\n")
     with contextlib.suppress(OSError, ElasticError):
         job.session.record(job.member, "failed", reason)
-        sys.stderr.write(f"hpc_elastic: process {job.member.id} ends itself: {reason}\n")
-        sys.stderr.flush()
     _remove_shared_memory()
     os._exit(EXIT_CALLED_OFF)
 
@@ -215,7 +213,7 @@ def print_only_the_message() -> None:
 
     def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
         if isinstance(value, ElasticError):
-            sys.stderr.write(f"hpc_elastic: {value}\n")
+            put(sys.stderr, f"hpc_elastic: {value}\n")
         else:
             sys.__excepthook__(kind, value, trace)
 

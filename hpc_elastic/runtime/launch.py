@@ -21,9 +21,9 @@ from ..comm.vendor import prepare
 from ..config import SUPERVISED_VARIABLE, build
 from ..errors import ElasticError, JobError, LaunchError, Retired
 from ..model import Member
-from ..outputs import have_all, put
 from ..places import checkpoint_folder
 from ..rundir import RunDirectory
+from ..streams import have_all, put
 from . import collective
 from .failing import be_quiet, fail, print_only_the_message, retire, turn_back, watch_for_failure
 from .session import Script, Session, open_run, packed, seed_config, unpacked

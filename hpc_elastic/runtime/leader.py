@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .. import events
-from ..comm.liveness import Beats, alive
+from ..comm.liveness import Beats
 from ..errors import LaunchError, ResizeRefused
 from ..model import Member, Observation, Resize, Supply
 from ..policy import bounded, check, give_back, leaving, newcomers
+from ..processes import alive
 from .agreement import END
 from .inbox import Inbox
 from .keeping import Keeping

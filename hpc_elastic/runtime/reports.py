@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .. import events, leftovers
+from .. import events
+from ..leftovers import HOST
+from ..processes import is_zombie
 from ..progress import Progress
 from ..rundir import Status
+from ..streams import put
 from .session import peak_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def await_ends(
     """
     begun = clock()
     while unsaid := [member for member in members if run.end_of(member.id) is None]:
-        late = any(member.host == leftovers.HOST and leftovers.is_zombie(member.pid) for member in unsaid)
+        late = any(member.host == HOST and is_zombie(member.pid) for member in unsaid)
         if clock() >= begun + (LATE_S if late else RECORDED_S):
             break
         pause(LOOK_S)
@@ -88,7 +91,7 @@ class Log(events.EventLog):
             if error.errno not in FULL:
                 raise
             if not self.full:
-                _tell(f"hpc_elastic: the run directory is not written until there is room: {error.strerror}\n")
+                put(sys.stderr, f"hpc_elastic: the run directory is not written until there is room: {error.strerror}\n")
             self.full = True
 
 
@@ -103,7 +106,7 @@ class Reports:
     def say(self, text: str) -> None:
         """Tell people, on the terminal and in the events."""
         self.log.write(events.Notice(text=text))
-        _tell(f"hpc_elastic: {text}\n")
+        put(sys.stderr, f"hpc_elastic: {text}\n")
 
     def measured(self, here: Here, step: int, ranks: int, metrics: dict[str, float], samples: int = 0) -> None:
         """Report metrics when `step` steps are done: means over `samples`, or the script's own."""
@@ -166,7 +169,7 @@ class Reports:
         )
         # Where they begin again, that is said when it is known where.
         goes_on = "" if verdict.refused else f", going on at step {here.cursor.step}"
-        _tell(f"hpc_elastic: {how}: {before} -> {after} ranks{goes_on}\n")
+        put(sys.stderr, f"hpc_elastic: {how}: {before} -> {after} ranks{goes_on}\n")
 
     def status(self, here: Here, world: World, office: Office, state: str, under_way: str = "") -> None:
         """Rewrite the status, and show it."""
@@ -205,8 +208,3 @@ class Reports:
         self.log.write(events.Ended(steps=here.cursor.step, seconds=seconds, ranks=world.size, stopped=stopped))
         self.status(here, world, office, "stopped" if stopped else "ended")
         self._progress.close()
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        sys.stderr.write(text)

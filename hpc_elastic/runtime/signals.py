@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from ..model import Request
 from ..rundir import RunDirectory
 
 SAME_S = 0.5
-STDERR = 2
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -81,4 +81,4 @@ def _ask(run: RunDirectory, request: Request) -> bool:
 def _say(text: str) -> None:
     """Say something in a handler: the process may be in the midst of printing, and nobody may be there to read it."""
     with contextlib.suppress(OSError):
-        os.write(STDERR, f"hpc_elastic: {text}\n".encode())
+        os.write(sys.stderr.fileno(), f"hpc_elastic: {text}\n".encode())

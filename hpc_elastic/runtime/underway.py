@@ -10,10 +10,11 @@ import msgspec
 from .. import events, faults
 from ..comm.arrival import Arrival, Arrivals
 from ..comm.bridge import Bridge, Join, Spawn
-from ..comm.liveness import Beats, alive
+from ..comm.liveness import Beats
 from ..comm.messages import Options
 from ..comm.world import vendor
 from ..model import Lease, Resize
+from ..processes import alive
 from .plan import Parked, Plan
 from .session import peak_bytes
 

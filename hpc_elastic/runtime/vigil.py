@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from .. import faults
-from ..comm.liveness import Liveness, alive
+from ..comm.liveness import Liveness
 from ..comm.reach import Reach
 from ..comm.waiting import LONGEST_CALL_S, Lost
 from ..comm.wires import Wires
@@ -18,6 +18,7 @@ from ..config import GUARD_VARIABLE
 from ..errors import LaunchError, RunDirectoryError
 from ..limits import AT_LIMIT
 from ..model import Member
+from ..processes import alive
 from .standstill import LOOK_S as STANDSTILL_S
 from .standstill import Standstill
 from .stuck import Stuck

@@ -457,21 +457,24 @@ def gone():
     return process.pid
 
 
-@pytest.mark.parametrize("case", ["gone", "one lives", "elsewhere", "a moment ago", "supervised", "over"])
+@pytest.mark.parametrize(
+    "case", ["gone", "number used again", "one lives", "elsewhere", "a moment ago", "supervised", "over"]
+)
 def test_a_run_that_was_killed_with_all_who_could_say_so(case, run, gone):
     """It has failed, as far as can be known: a process may live elsewhere, and a supervisor still speak."""
     host = "elsewhere" if case == "elsewhere" else leftovers.HOST
-    pids = [gone, os.getpid() if case == "one lives" else gone]
+    pids = [gone, {"one lives": 1, "number used again": os.getpid()}.get(case, gone)]
     members = tuple(Member(id=number, pid=pid, host=host) for number, pid in enumerate(pids))
     status = now("ended" if case == "over" else "running")
-    run.put_status(msgspec.structs.replace(status, ranks=2, members=members, time=0.0))
+    spoke = time.time() - standing.SILENT_S - 1 if case == "one lives" else 0.0
+    run.put_status(msgspec.structs.replace(status, ranks=2, members=members, time=spoke))
     beat = run.beat_file(1)
     beat.touch()
     if case != "a moment ago":
         os.utime(beat, (10.0, 10.0))
     lock = run.lock() if case == "supervised" else None
-    failure = standing.failure_of(run)
-    assert (failure is not None) == (case == "gone")
+    _, failure = standing.look(run)
+    assert (failure is not None) == (case in ("gone", "number used again"))
     if failure is not None:
         assert (failure.kind, failure.step, failure.time) == ("lost", 3, 10.0)
         out, _ = invoke("status", "r", code=0)

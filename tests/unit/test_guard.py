@@ -527,8 +527,8 @@ def test_a_newcomer_whose_leader_is_gone_is_killed(run, tmp_path):
 
 def test_so_is_one_whose_leader_was_gone_before_its_guard_could_look(run, tmp_path):
     """Its parent is another one by then."""
-    begin = "import os, subprocess, sys; subprocess.Popen(sys.argv[1:], env={'_HPC_ELASTIC_PARENT': str(os.getpid())})"
-    parent = "int(os.environ['_HPC_ELASTIC_PARENT'])"
+    begin = "import os, subprocess, sys; subprocess.Popen(sys.argv[1:], env={'_HPC_ELASTIC_LEADER_PID': str(os.getpid())})"
+    parent = "int(os.environ['_HPC_ELASTIC_LEADER_PID'])"
     later = f"import os, sys, time\nwhile os.getppid() == {parent}: time.sleep(0.01)\nos.execv(sys.argv[1], sys.argv[1:])"
     rank = python(f"import os, signal; {SAY}; signal.pause()")
     command = [*python(begin), *python(later), *warm(run, tmp_path / "door", *rank)]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from hpc_elastic import relay
 from hpc_elastic.config import RUN_VARIABLE
-from hpc_elastic.outputs import Outputs, Relay, put
+from hpc_elastic.outputs import Outputs, Relay
+from hpc_elastic.streams import put
 
 LIMIT_S = 20.0
 # Stands in for the supervisor: it has a launcher print.
@@ -43,13 +44,13 @@ def test_everything_once_and_in_order(tmp_path_factory, pieces):
             file.write(piece)
         wanted[number] += piece
         before = to.getvalue()
-        outputs.relay()
+        outputs.pass_on()
         new = to.getvalue()[len(before) :]
         assert not new or new.endswith(b"\n")
     for number in range(3):
         (folder / f"{number}.end").touch()
     outputs.finish()
-    outputs.relay(all_of_it=True)
+    outputs.pass_on(all_of_it=True)
     assert sorted(to.getvalue()) == sorted(b"".join(wanted.values()))
 
 
@@ -59,13 +60,13 @@ def test_what_a_run_printed_before_it_is_resumed(tmp_path):
     outputs = Outputs(tmp_path, to)
     with (tmp_path / "0.out").open("ab") as file:
         file.write(b"new\n")
-    outputs.relay()
+    outputs.pass_on()
     assert to.getvalue() == b"new\n"
 
 
 def test_no_companions(tmp_path):
     outputs = Outputs(tmp_path / "none", io.BytesIO())
-    outputs.relay()
+    outputs.pass_on()
     outputs.finish()
 
 
@@ -173,7 +174,7 @@ def test_streams_that_are_closed_go_nowhere(closed, tmp_path):
     """And are no other file's, for children as well."""
     code = """
 import os, subprocess, sys
-from hpc_elastic.outputs import have_all
+from hpc_elastic.streams import have_all
 have_all()
 print("out", flush=True)
 print("err", file=sys.stderr, flush=True)
@@ -187,4 +188,21 @@ subprocess.run(["sh", "-c", "echo out; echo err >&2; cat"], check=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (b"" if 1 in closed else b"out\nout\n")
     assert done.stderr == (b"" if 2 in closed else b"err\nerr\n")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_file_that_has_the_number_of_a_stream_is_not_printed_into(tmp_path):
+    """The script has opened it, before there was anybody to see that stdout was closed."""
+    code = """
+import sys
+file = open(sys.argv[1], "w")
+from hpc_elastic.streams import have_all
+assert file.fileno() == 1
+have_all()
+print("out", flush=True)
+"""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, tmp_path / "file"]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_bytes() == b""

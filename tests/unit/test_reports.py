@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from hpc_elastic import events, leftovers
+from hpc_elastic import events, leftovers, processes
 from hpc_elastic.model import Member
 from hpc_elastic.rundir import End, RunDirectory
 from hpc_elastic.runtime.plan import Tally
@@ -62,7 +62,7 @@ def test_a_guard_that_is_late_is_waited_for(at_s, here, tmp_path):
             run.put(run.path / "ranks" / "0.end.json", end)
 
     with subprocess.Popen(["true"]) as lost:
-        until(lambda: leftovers.is_zombie(lost.pid))
+        until(lambda: processes.is_zombie(lost.pid))
         await_ends(run, [Member(0, lost.pid, leftovers.HOST if here else "elsewhere")], lambda: now, pause)
         assert now == pytest.approx(min(at_s, LATE_S) if here else RECORDED_S, abs=0.01)
         assert (run.end_of(0) is not None) == (here and at_s < LATE_S)

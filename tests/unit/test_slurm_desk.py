@@ -17,12 +17,6 @@ class Slurm:
     def cancel(self, numbers):
         list(numbers)
 
-class Getting:
-    def get(self, number, *_):
-        asked.append(number)
-        if number == 0:
-            raise RuntimeError("can't start new thread")
-
 def needs():
     asked.append("needs")
     if asked.count("needs") == 1:
@@ -36,7 +30,7 @@ def until(done):
         time.sleep(0.01)
 
 asked = []
-desk = Desk(Slurm(), Files(pathlib.Path(sys.argv[1])), needs, Getting())
+desk = Desk(Slurm(), Files(pathlib.Path(sys.argv[1])), needs, None)
 """
 
 
@@ -49,7 +43,3 @@ def desk(folder, text):
 
 def test_the_queue_is_read_when_the_run_directory_can_be_written_again(tmp_path):
     desk(tmp_path, "until(lambda: desk.state.snapshot and not desk.state.trouble)")
-
-
-def test_orders_are_carried_after_one_that_failed(tmp_path):
-    desk(tmp_path, "[desk.ask(number, 1, ()) for number in (0, 1)]\nuntil(lambda: 1 in asked)")

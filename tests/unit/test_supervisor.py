@@ -671,8 +671,8 @@ def test_what_is_typed_at_a_terminal(background, tmp_path):
         os.execvp("bash", ["bash", "--norc", "-i"])
     words = [*command("run", "--run-dir", "r", "--progress", "off", "script.py"), ">out", "2>&1", background]
     os.write(shell, f"export PYTHONPATH={Path(__file__).parents[2]}; {' '.join(words)}\n".encode())
-    until(Path("began").exists)
     try:
+        until(Path("began").exists)
         for number in range(5 if background else 1):
             os.write(shell, f"echo >typed-{number}\n".encode())
             until(Path(f"typed-{number}" if background else "read").exists)

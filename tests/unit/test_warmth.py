@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from hpc_elastic import adoption, leftovers, newborn, warm, warmth
+from hpc_elastic import adoption, newborn, processes, warm, warmth
 
 PACKAGE = str(warmth.PACKAGE)
 
@@ -271,7 +271,7 @@ def stopped(parents, tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     until(lambda: serves(tmp_path, process) and len(children.read_text().split()) == warm.AHEAD)
     process.send_signal(signal.SIGSTOP)
-    until(lambda: leftovers.is_stopped(process.pid))
+    until(lambda: processes.is_stopped(process.pid))
     return process
 
 

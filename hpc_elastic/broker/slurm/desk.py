@@ -118,8 +118,8 @@ class Desk:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_BACK_OFF_S)
                     continue
-                except (SlurmError, OSError, RuntimeError):  # the last: no thread can be started just now
-                    pass  # what came of it stands in the companion's files, or its time runs out
+                except (SlurmError, OSError):
+                    pass  # what came of it stands in the companion's files
                 break
 
     def _get(self, number: int, asked: Asked, options: tuple[str, ...]) -> None:

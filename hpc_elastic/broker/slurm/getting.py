@@ -79,7 +79,11 @@ class AtOnce:
         process = subprocess.Popen(
             command, stdin=null, stdout=null, stderr=subprocess.PIPE, env=environment(), start_new_session=True
         )
-        threading.Thread(target=self._wait, args=(number, process), name=f"companion {number}", daemon=True).start()
+        try:
+            threading.Thread(target=self._wait, args=(number, process), name=f"companion {number}", daemon=True).start()
+        except RuntimeError as problem:  # too many of this user's are there
+            process.terminate()
+            raise SlurmError(str(problem)) from problem
 
     def _wait(self, number: int, process: subprocess.Popen[bytes]) -> None:
         _, said = process.communicate()
