@@ -18,6 +18,7 @@ from hpc_elastic import relay
 from hpc_elastic.config import RUN_VARIABLE
 from hpc_elastic.outputs import Outputs, Relay
 from hpc_elastic.streams import put
+from tests.launch import until
 
 LIMIT_S = 20.0
 # Stands in for the supervisor: it has a launcher print.
@@ -135,7 +136,9 @@ def test_the_relay_has_what_its_python_needs(monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
     monkeypatch.setenv(RUN_VARIABLE, "r")
     its = Relay()
-    environ = Path(f"/proc/{its._process.pid}/environ").read_text().split("\0")
+    shown = Path(f"/proc/{its._process.pid}/environ")
+    until(shown.read_text)  # while it begins, there is nothing to be seen
+    environ = shown.read_text().split("\0")
     its.begun()
     its.finish()
     assert "LD_LIBRARY_PATH=/opt/python/lib" in environ
