@@ -196,9 +196,11 @@ class Supervisor:
             return
         with contextlib.suppress(OSError):  # a terminal that is gone
             self._progress.show(status)
-        if not self._settled and status.state not in ("starting", "failed"):
+        if status.state in ("starting", "failed"):
+            return
+        if not self._settled:
             self._settle()
-        if self._settled and not self._kept and status.state not in ("starting", "failed"):
+        if self._settled and not self._kept:
             with contextlib.suppress(OSError):  # such as a full disk, which may have room at the next look
                 self.run.put_launch(self.launch)
                 self._kept = True

@@ -584,21 +584,21 @@ def test_a_second_signal_ends_the_job(start):
     assert told(events.Restarted) == []
 
 
-def test_a_job_that_ends_well_all_the_same(start):
-    with start("rank = Rank()\nrank.step(3)\nwhile not rank.run.requests(): time.sleep(0.01)\nrank.end()") as job:
+def told_to_stop(start, then):
+    """Interrupt a job whose rank does something else when it is asked to stop, and return how it ended."""
+    with start(f"rank = Rank()\nrank.step(3)\nwhile not rank.run.requests(): time.sleep(0.01)\n{then}") as job:
         until(Path("r/status.json").exists)
         os.kill(job.process.pid, signal.SIGINT)
-        done = job.wait()
+        return job.wait()
+
+
+def test_a_job_that_ends_well_all_the_same(start):
+    done = told_to_stop(start, "rank.end()")
     assert done.code == 0
 
 
 def test_a_job_that_is_lost_while_it_stops(start):
-    with start(
-        "rank = Rank()\nrank.step(3)\nwhile not rank.run.requests(): time.sleep(0.01)\nrank.fail('lost', step=3)"
-    ) as job:
-        until(Path("r/status.json").exists)
-        os.kill(job.process.pid, signal.SIGINT)
-        done = job.wait()
+    done = told_to_stop(start, "rank.fail('lost', step=3)")
     assert done.code == 130
     assert told(events.Restarted) == []
     assert "it broke" in lines(done)
@@ -645,10 +645,7 @@ def test_whoever_reads_has_gone(streams, tmp_path):
 
 def test_a_launcher_that_ends_while_the_job_stops(start):
     """The run is not taken for one that goes on."""
-    with start("rank = Rank()\nrank.step(3)\nwhile not rank.run.requests(): time.sleep(0.01)\nrank.leave(7)") as job:
-        until(Path("r/status.json").exists)
-        os.kill(job.process.pid, signal.SIGINT)
-        done = job.wait()
+    done = told_to_stop(start, "rank.leave(7)")
     assert done.code == 130
     assert "the job ended before it could stop" in lines(done)
     assert run().failure().kind == "interrupted"
